@@ -1,0 +1,12 @@
+"""Data sets: sources, validation and scaling. NumPy only; nothing here knows about batches.
+
+``load(DataConfig(...))`` reads a named source, ``from_arrays`` wraps arrays already in memory;
+both return a validated ``Dataset``. TFDS, h5py and scikit-learn are imported only by the source
+that needs them, and TensorFlow never is.
+"""
+
+from dec_diffusion.data.config import DataConfig
+from dec_diffusion.data.dataset import Dataset, check_clusters, from_arrays, with_scaling
+from dec_diffusion.data.sources import load
+
+__all__ = ["DataConfig", "Dataset", "check_clusters", "from_arrays", "load", "with_scaling"]

@@ -1,0 +1,258 @@
+"""The data set record, its validation and its scaling.
+
+Scaling is affine, ``(x - offset) / scale``, and is applied where batches are made, so images stay
+uint8 in memory. Images map their nominal range [low, high] to [-1, 1]:
+``offset = (high + low) / 2``, ``scale = (high - low) / 2``. Vectors are standardised:
+``offset`` is the mean and ``scale`` the standard deviation of each feature.
+"""
+
+import dataclasses
+
+import numpy as np
+
+from dec_diffusion.types import InputError
+
+_CHUNK = 4096  # rows at a time, so that float64 copies stay small
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Dataset:
+    """Examples in memory.
+
+    Attributes:
+      name: For titles and file names.
+      examples: uint8 or float32; images [n, h, w, c] or vectors [n, d].
+      labels: int64 or str [n], or None. For scoring only.
+      paths: One path per example where each came from its own file, else None.
+      offset: float32 scalar for images, [d] for vectors.
+      scale: The same shape, positive; ``(examples - offset) / scale`` is what networks see.
+      rows: int64 [n], each example's row in the source, which differs from 0..n-1 under a limit.
+    """
+
+    name: str
+    examples: np.ndarray
+    labels: np.ndarray | None
+    paths: list[str] | None
+    offset: np.ndarray | np.float32
+    scale: np.ndarray | np.float32
+    rows: np.ndarray
+
+    @property
+    def is_image(self) -> bool:
+        """Whether examples are images [h, w, c] rather than vectors [d]."""
+        return self.examples.ndim == 4
+
+    @property
+    def num_examples(self) -> int:
+        return self.examples.shape[0]
+
+    @property
+    def example_shape(self) -> tuple[int, ...]:
+        """(h, w, c) or (d,)."""
+        return self.examples.shape[1:]
+
+
+def from_arrays(
+    examples: np.ndarray,
+    labels: np.ndarray | None = None,
+    *,
+    name: str = "array",
+    source: str = "examples",
+    nominal: tuple[float, float] | None = None,
+    limit: int | None = None,
+    rows: np.ndarray | None = None,
+    paths: list[str] | None = None,
+) -> Dataset:
+    """Validate arrays, take the subset and derive the scaling.
+
+    Args:
+      examples: Numbers; images [n, h, w] or [n, h, w, c], or vectors [n, d].
+      labels: Integers or strings [n] (or [n, 1]), or None.
+      name: See ``Dataset``.
+      source: How messages name the examples: an option with its value, or a file.
+      nominal: The range of image values. By default [0, 255] for uint8 (but [0, largest] where
+        no value reaches 64, so that masks and few-level images keep their contrast) and the
+        observed range for other dtypes.
+      limit: See ``DataConfig``.
+      rows: int [n], the rows of the source that ``examples`` already are; None for 0..n-1.
+      paths: One per example, or None.
+
+    Raises:
+      InputError: dtype, shape, values or labels that cannot be clustered.
+    """
+    examples = _with_channels(np.asarray(examples), source)
+    labels = None if labels is None else _clean_labels(np.asarray(labels), len(examples), source)
+    rows = np.arange(len(examples)) if rows is None else np.asarray(rows, np.int64)
+    if limit is not None and limit < len(examples):
+        chosen = choose_rows(len(examples), limit)
+        examples, rows = examples[chosen], rows[chosen]
+        labels = None if labels is None else labels[chosen]
+        paths = None if paths is None else [paths[i] for i in chosen]
+    if examples.dtype != np.uint8:
+        with np.errstate(over="ignore"):  # an overflow becomes inf and is reported below
+            examples = examples.astype(np.float32, copy=False)
+    _check_values(examples, rows, source)
+    offset, scale = _image_scaling(examples, nominal) if examples.ndim == 4 else _moments(examples)
+    return Dataset(
+        name=name,
+        examples=examples,
+        labels=labels,
+        paths=paths,
+        offset=offset,
+        scale=scale,
+        rows=rows,
+    )
+
+
+def with_scaling(
+    dataset: Dataset, offset: np.ndarray | np.float32, scale: np.ndarray | np.float32
+) -> Dataset:
+    """The same examples under the scaling of the training data; values are left as they are.
+
+    Raises:
+      InputError: the scaling belongs to images and these are vectors, or the widths differ.
+    """
+    expected = () if dataset.is_image else dataset.example_shape
+    if np.shape(offset) != expected or np.shape(scale) != expected:
+        kind = "images" if np.ndim(offset) == 0 else f"vectors of {np.size(offset)} features"
+        raise InputError(
+            f"--config.data: the examples of {dataset.name} have shape {dataset.example_shape},"
+            f" but the run was trained on {kind}; give data of the same kind"
+        )
+    return dataclasses.replace(
+        dataset, offset=np.float32(offset), scale=np.float32(scale)
+    )  # np.float32 keeps arrays arrays
+
+
+def choose_rows(num_examples: int, limit: int | None) -> np.ndarray:
+    """The rows of a subset, int64 and increasing, the same every time; nested in ``limit``."""
+    if limit is None or limit >= num_examples:
+        return np.arange(num_examples)
+    return np.sort(np.random.default_rng(0).permutation(num_examples)[:limit])
+
+
+def check_clusters(dataset: Dataset, num_clusters: int, batch_size: int) -> None:
+    """Check that the data can form ``num_clusters`` clusters and fill one batch.
+
+    Raises:
+      InputError: fewer than 2 clusters, more clusters than distinct examples, or a batch size
+        below 1 or above the number of examples.
+    """
+    if num_clusters < 2:
+        raise InputError(f"--config.method.num_clusters={num_clusters}: must be at least 2")
+    distinct: set[bytes] = set()
+    for example in dataset.examples:
+        distinct.add(example.tobytes())
+        if len(distinct) >= num_clusters:
+            break
+    else:
+        raise InputError(
+            f"--config.method.num_clusters={num_clusters}: {dataset.name} has only"
+            f" {len(distinct)} distinct examples; ask for at most that many clusters"
+        )
+    if not 1 <= batch_size <= dataset.num_examples:
+        raise InputError(
+            f"--config.train.batch_size={batch_size}: must be between 1 and the"
+            f" {dataset.num_examples} examples of {dataset.name}"
+        )
+
+
+def _with_channels(examples: np.ndarray, source: str) -> np.ndarray:
+    """Check dtype and shape; give images their channel axis."""
+    if examples.dtype.kind not in "biuf":
+        raise InputError(
+            f"{source}: values of dtype {examples.dtype} are not real numbers; save the pixels or"
+            " features as an integer or float array"
+        )
+    shape = examples.shape
+    if examples.ndim not in (2, 3, 4):
+        raise InputError(
+            f"{source}: an array of shape {shape} is neither images [n, h, w] or [n, h, w, c]"
+            " nor vectors [n, d]; reshape it"
+        )
+    if examples.size == 0:
+        raise InputError(f"{source}: an array of shape {shape} holds 0 examples; give at least 2")
+    if examples.ndim == 4 and shape[1] in (1, 3) and shape[3] > 4:
+        raise InputError(
+            f"{source}: an array of shape {shape} seems to have channels first; transpose it to"
+            " [n, h, w, c]"
+        )
+    return examples[..., None] if examples.ndim == 3 else examples
+
+
+def _clean_labels(labels: np.ndarray, num_examples: int, source: str) -> np.ndarray:
+    """Labels as int64 or str [n]."""
+    if labels.ndim == 2 and labels.shape[1] == 1:
+        labels = labels[:, 0]
+    if labels.ndim != 1:
+        raise InputError(
+            f"{source}: labels of shape {labels.shape} are not one label per example; for one-hot"
+            " labels save labels.argmax(1)"
+        )
+    if len(labels) != num_examples:
+        raise InputError(
+            f"{source}: {len(labels)} labels for {num_examples} examples; give one label per"
+            " example, or none at all"
+        )
+    if labels.dtype.kind == "S":
+        return np.char.decode(labels, "utf-8", "replace")
+    if labels.dtype.kind == "U":
+        return labels
+    whole = labels.dtype.kind in "biu" or (
+        labels.dtype.kind == "f" and np.isfinite(labels).all() and (labels == labels.round()).all()
+    )
+    if not whole:
+        raise InputError(
+            f"{source}: labels of dtype {labels.dtype} are neither whole numbers nor strings;"
+            " convert them, or leave them out"
+        )
+    return labels.astype(np.int64)
+
+
+def _check_values(examples: np.ndarray, rows: np.ndarray, source: str) -> None:
+    """Refuse values that are not finite in float32, and data without any contrast."""
+    if examples.dtype != np.uint8:
+        finite = np.isfinite(examples)
+        if not finite.all():
+            count = finite.size - np.count_nonzero(finite)
+            first = np.argmin(finite.reshape(len(finite), -1).all(axis=1))
+            raise InputError(
+                f"{source}: {count} values are NaN, infinite or beyond float32, the first in"
+                f" example {rows[first]}; repair or drop those examples"
+            )
+    if len(examples) < 2:
+        raise InputError(f"{source}: holds only 1 example; give at least 2")
+    chunks = (examples[i : i + _CHUNK] for i in range(0, len(examples), _CHUNK))
+    if all((chunk == examples[0]).all() for chunk in chunks):
+        raise InputError(
+            f"{source}: all {len(examples)} examples are identical, so there is nothing to"
+            " cluster; check how the data were written"
+        )
+
+
+def _image_scaling(
+    images: np.ndarray, nominal: tuple[float, float] | None
+) -> tuple[np.float32, np.float32]:
+    """Offset and scale that map the nominal range to [-1, 1]."""
+    if nominal is None:
+        low, high = float(images.min()), float(images.max())
+        if images.dtype == np.uint8:
+            low, high = 0.0, high if high < 64 else 255.0
+    else:
+        low, high = nominal
+    return np.float32((high + low) / 2), np.float32((high - low) / 2)
+
+
+def _moments(vectors: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Mean and standard deviation [d] of each feature; 1 in place of a zero deviation."""
+    n = len(vectors)
+    mean = vectors.mean(axis=0, dtype=np.float64)
+    # About the mean and in float64, because E[x^2] - E[x]^2 cancels for features far from zero.
+    variance = sum(
+        np.square(vectors[i : i + _CHUNK] - mean).sum(axis=0) for i in range(0, n, _CHUNK)
+    )
+    # Rounding leaves a constant feature a tiny variance, so compare values instead.
+    constant = vectors.min(axis=0) == vectors.max(axis=0)
+    deviation = np.where(constant, 1.0, np.sqrt(variance / n)).astype(np.float32)
+    tiny = np.finfo(np.float32).tiny
+    return mean.astype(np.float32), np.maximum(deviation, tiny)

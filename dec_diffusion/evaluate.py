@@ -1,0 +1,79 @@
+"""Sweep a trained method over a data set and score the result; labels are used for nothing else."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from dec_diffusion import metrics, parallel
+from dec_diffusion.baselines import baselines, kmeans_on
+from dec_diffusion.data import Dataset
+from dec_diffusion.engine import TrainState
+from dec_diffusion.method import Method
+from dec_diffusion.types import PRNGKeyArray
+
+
+class Assignment(NamedTuple):
+    """Where every example belongs.
+
+    Attributes:
+        labels: int32 [n], the most probable cluster.
+        probability: float32 [n], its probability.
+        responsibilities: float32 [n, k], rows sum to one.
+        embedding: float32 [n, d], the space clustered in.
+    """
+
+    labels: np.ndarray
+    probability: np.ndarray
+    responsibilities: np.ndarray
+    embedding: np.ndarray
+
+
+Assign = Callable[[TrainState], Assignment]
+
+
+def compile_assign(method: Method, data: parallel.Data, key: PRNGKeyArray) -> Assign:
+    """A function from a state to the assignment of every example, by the averaged weights."""
+
+    def both(params: Any, cluster: Any, batch: Any, k: Any) -> Any:
+        return method.predict(params, cluster, batch, k), method.embed(params, cluster, batch, k)
+
+    sweep = parallel.compile_sweep(both, data)
+
+    def assign(state: TrainState) -> Assignment:
+        log_resp, embedding = sweep(state.ema_params, state.cluster, key)
+        resp = np.exp(log_resp.astype(np.float64))
+        resp = (resp / resp.sum(1, keepdims=True)).astype(np.float32)
+        labels = log_resp.argmax(1).astype(np.int32)
+        probability = np.take_along_axis(resp, labels[:, None], 1)[:, 0]
+        return Assignment(labels, probability, resp, embedding)
+
+    return assign
+
+
+def score(assignment: Assignment, num_clusters: int, truth: np.ndarray | None) -> dict[str, float]:
+    """Label-free scores of an assignment, and ``acc``, ``nmi``, ``ari``... where labels exist."""
+    scores = metrics.internal_scores(
+        assignment.embedding, assignment.labels, num_clusters=num_clusters
+    )
+    scores["mean_probability"] = float(assignment.probability.mean())
+    if truth is not None:
+        scores |= metrics.external_scores(truth, assignment.labels)
+    return scores
+
+
+def compare(
+    dataset: Dataset, assignment: Assignment, num_clusters: int, *, seed: int
+) -> dict[str, Any]:
+    """Shallow baselines on the same data: on the inputs, and k-means on the learned latents."""
+    flat = np.asarray(dataset.examples, np.float32).reshape(dataset.num_examples, -1)
+    if not dataset.is_image:
+        flat = (flat - dataset.offset) / dataset.scale
+    found = dict(baselines(flat, num_clusters, dataset.labels, seed=seed))
+    found["kmeans_latents"] = kmeans_on(
+        assignment.embedding, num_clusters, dataset.labels, seed=seed
+    )
+    return {
+        name: {key: value for key, value in result.items() if key != "labels"}
+        for name, result in found.items()
+    }

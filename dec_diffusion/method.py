@@ -1,0 +1,96 @@
+"""What an algorithm is: a record of pure functions that the engine runs.
+
+A method is an ordered list of phases. A phase minimises one loss by gradient; on entering it,
+and before each of its iterations, something may be recomputed in closed form from one ordered
+sweep over the data (a Gaussian mixture, centroids, targets). No signature has room for labels.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import optax
+
+from dec_diffusion.types import Array, Batch, Metrics, Params, PRNGKeyArray
+
+Cluster = Any
+"""What moves in closed form: any pytree of arrays, ``()`` if nothing does."""
+
+
+class EStage(NamedTuple):
+    """A closed-form update from one sweep over the data.
+
+    Attributes:
+        collect: ``(params, cluster, batch, key) -> features``, a pytree of arrays [b, ...].
+        update: ``(params, cluster, features, weight, key) -> (params, cluster, info)``; features
+            have the leading axis n, in data order; ``weight`` [n] is 0 on padding; ``info`` is a
+            dictionary of scalars to log. Only a stage that begins a phase may change ``params``.
+    """
+
+    collect: Callable[[Params, Cluster, Batch, PRNGKeyArray], Any]
+    update: Callable[
+        [Params, Cluster, Any, Array, PRNGKeyArray], tuple[Params, Cluster, Metrics]
+    ]
+
+
+class Phase(NamedTuple):
+    """One stage of training.
+
+    Attributes:
+        loss: ``(params, cluster, batch, key, progress) -> (loss, (cluster, metrics))``, the
+            M-step's objective; ``progress`` runs from 0 to 1 over the phase.
+        tx: the optimiser, made anew when the phase begins.
+        iterations: EM iterations; after each one a run reports and may checkpoint.
+        steps: gradient steps per iteration.
+        begin: closed-form update on entering the phase.
+        refresh: closed-form update before every iteration: the E-step.
+        ema: decay of the averaged weights that E-steps, prediction and sampling use.
+        assigns: whether ``predict`` means anything yet, so that progress can be scored.
+    """
+
+    loss: Callable[
+        [Params, Cluster, Batch, PRNGKeyArray, Array], tuple[Array, tuple[Cluster, Metrics]]
+    ]
+    tx: optax.GradientTransformation
+    iterations: int
+    steps: int
+    begin: EStage | None = None
+    refresh: EStage | None = None
+    ema: float = 0.99
+    assigns: bool = True
+
+
+class Method(NamedTuple):
+    """An algorithm.
+
+    Attributes:
+        init: ``(key, batch) -> (params, cluster)``.
+        phases: by name, in the order in which they run.
+        predict: ``(params, cluster, batch, key) -> log_resp`` [b, k], the log-probability of
+            each cluster; deterministic methods ignore the key.
+        embed: ``(params, cluster, batch, key) -> features`` [b, d], the space clustered in.
+        sample: ``(params, cluster, key, component [b], *, ...) -> examples`` [b, ...] in network
+            scale, one of each component given; None if the method does not generate.
+    """
+
+    init: Callable[[PRNGKeyArray, Batch], tuple[Params, Cluster]]
+    phases: Mapping[str, Phase]
+    predict: Callable[[Params, Cluster, Batch, PRNGKeyArray], Array]
+    embed: Callable[[Params, Cluster, Batch, PRNGKeyArray], Array]
+    sample: Callable[..., Array] | None = None
+
+
+class DataSpec(NamedTuple):
+    """What a method must know of the data before it is built.
+
+    Attributes:
+        shape: of one example: (h, w, c) for images, (d,) for vectors.
+        num_examples: n.
+    """
+
+    shape: tuple[int, ...]
+    num_examples: int
+
+    @property
+    def is_image(self) -> bool:
+        """Whether examples are images rather than vectors."""
+        return len(self.shape) == 3

@@ -1,0 +1,198 @@
+"""Where the engine's pure functions are compiled, and where data and state are placed.
+
+The only file that decides what runs on which device. Data that fit are kept on the device and a
+whole EM iteration is one compiled call; larger data are streamed from the host, in superbatches,
+through the same functions.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from dec_diffusion import engine
+from dec_diffusion.engine import Collected, Examples, Fetch, TrainState
+from dec_diffusion.method import EStage, Phase
+from dec_diffusion.types import Array, Batch, Metrics, Params, PRNGKeyArray
+
+_SUPERBATCH_BYTES = 64 * 2**20
+
+Step = Callable[[TrainState], tuple[TrainState, dict[str, np.ndarray]]]
+"""From a state, which is donated, to the next one and metrics on the host."""
+
+
+class Data(NamedTuple):
+    """A data set ready for the engine.
+
+    Attributes:
+        raw: numpy [n, ...], in host memory or a memory map.
+        examples: the same on the device, or with an empty ``raw`` if the data are streamed.
+        rows: the ordered sweep [batches, batch] of example numbers, -1 on padding.
+    """
+
+    raw: np.ndarray
+    examples: Examples
+    rows: np.ndarray
+
+    @property
+    def resident(self) -> bool:
+        """Whether the examples are on the device."""
+        return self.examples.raw.shape[0] == self.raw.shape[0]
+
+
+def place(raw: np.ndarray, offset: Any, scale: Any, *, sweep_size: int, resident: bool) -> Data:
+    """Put a data set where the engine can reach it; arguments as for ``engine.Examples``."""
+    on_device = jnp.asarray(raw if resident else raw[:0])
+    examples = Examples(on_device, jnp.asarray(offset), jnp.asarray(scale))
+    size = min(sweep_size, len(raw))
+    return Data(raw, examples, np.asarray(engine.sweep_order(batch_size=size, num_examples=len(raw))))
+
+
+def first_batch(data: Data) -> Batch:
+    """The first batch of a sweep; networks take their shapes from it."""
+    rows = next(_superbatches(data, data.rows[:1]))
+    return jax.tree.map(lambda a: jnp.asarray(a[0]), jax.vmap(_fetch_streamed(data.examples))(rows))
+
+
+def compile_sweep(function: Callable[..., Any], data: Data) -> Callable[..., Any]:
+    """Map ``function(params, cluster, batch, key)`` over all examples, in order.
+
+    Returns:
+        A function of ``params, cluster, key`` giving numpy arrays [n, ...].
+    """
+    stage = EStage(function, lambda *_: ((), (), {}))
+    sweep = _compile_collect(stage, data)
+
+    def run(params: Params, cluster: Any, key: PRNGKeyArray) -> Any:
+        features, _ = sweep(params, cluster, key)
+        return jax.tree.map(lambda a: np.asarray(a)[: len(data.raw)], features)
+
+    return run
+
+
+def compile_phase(
+    phase: Phase, data: Data, key: PRNGKeyArray, *, batch_size: int
+) -> tuple[Step, Step]:
+    """Compile entering a phase, and one of its iterations.
+
+    Args:
+        phase: the phase.
+        data: the data.
+        key: the phase's key.
+        batch_size: of gradient steps.
+
+    Returns:
+        ``begin`` and ``iterate``, functions of the state.
+    """
+    keys = engine.iteration_keys(key)
+    begin_sweep = _compile_collect(phase.begin, data) if phase.begin else None
+    enter = jax.jit(lambda state, collected: engine.begin_phase(phase, state, collected, key))
+
+    def begin(state: TrainState) -> tuple[TrainState, dict[str, np.ndarray]]:
+        collected = begin_sweep and begin_sweep(state.ema_params, state.cluster, keys.collect)
+        return _to_host(enter(state, collected))
+
+    if data.resident:
+        iteration = jax.jit(
+            lambda state, examples: engine.em_iteration(
+                phase,
+                state,
+                examples,
+                key,
+                batch_size=batch_size,
+                sweep_size=data.rows.shape[1],
+            ),
+            donate_argnums=0,
+        )
+        return begin, lambda state: _to_host(iteration(state, data.examples))
+    return begin, _compile_streamed(phase, data, keys, batch_size=batch_size)
+
+
+def _compile_streamed(
+    phase: Phase, data: Data, keys: engine.IterationKeys, *, batch_size: int
+) -> Step:
+    """``engine.em_iteration``, with the data arriving in superbatches from the host."""
+    num_examples = len(data.raw)
+    sweep = _compile_collect(phase.refresh, data) if phase.refresh else None
+    fetch = _fetch_streamed(data.examples)
+    order = jax.jit(
+        lambda step: engine.epoch_order(
+            keys.order, step, steps=phase.steps, batch_size=batch_size, num_examples=num_examples
+        )
+    )
+
+    def update(state: TrainState, collected: Collected) -> tuple[TrainState, Metrics]:
+        assert phase.refresh is not None
+        return engine.e_step(phase.refresh, state, collected, keys.e_step)
+
+    e_step = jax.jit(update, donate_argnums=0)
+    m_step = jax.jit(
+        lambda state, rows: engine.m_step(phase, state, rows, fetch, keys.m_step), donate_argnums=0
+    )
+
+    def iterate(state: TrainState) -> tuple[TrainState, dict[str, np.ndarray]]:
+        info: Metrics = {}
+        if sweep is not None:
+            collected = sweep(state.ema_params, state.cluster, keys.collect)
+            state, info = e_step(state, collected)
+        parts = []
+        for rows in _superbatches(data, np.asarray(order(state.step))):
+            state, metrics = m_step(state, rows)
+            parts.append(metrics)
+        metrics = jax.tree.map(lambda *a: np.concatenate([np.asarray(x) for x in a]), *parts)
+        return _to_host((state, {**info, **metrics}))
+
+    return iterate
+
+
+def _compile_collect(
+    stage: EStage, data: Data
+) -> Callable[[Params, Any, PRNGKeyArray], Collected]:
+    if data.resident:
+        resident = jax.jit(
+            lambda params, cluster, key, examples, rows: engine.collect(
+                stage, params, cluster, rows, engine.fetch_resident(examples), key
+            )
+        )
+        return lambda params, cluster, key: resident(
+            params, cluster, key, data.examples, data.rows
+        )
+    fetch = _fetch_streamed(data.examples)
+    streamed = jax.jit(
+        lambda params, cluster, key, rows, first: engine.collect(
+            stage, params, cluster, rows, fetch, key, first=first
+        )
+    )
+
+    def run(params: Params, cluster: Any, key: PRNGKeyArray) -> Collected:
+        parts, first = [], 0
+        for rows in _superbatches(data, data.rows):
+            parts.append(streamed(params, cluster, key, rows, first))
+            first += len(rows[1])
+        return jax.tree.map(lambda *a: jnp.concatenate(a), *parts)
+
+    return run
+
+
+def _superbatches(data: Data, rows: np.ndarray) -> Any:
+    """Cut rows [m, batch] of example numbers into parts, and gather each part's examples."""
+    per_row = rows.shape[1] * data.raw[:1].nbytes
+    size = max(1, min(len(rows), _SUPERBATCH_BYTES // max(1, per_row)))
+    for start in range(0, len(rows), size):
+        part = rows[start : start + size]
+        yield data.raw[np.maximum(part, 0)], part
+
+
+def _fetch_streamed(examples: Examples) -> Fetch:
+    def fetch(row: tuple[Array, Array]) -> Batch:
+        raw, index = row
+        return engine.make_batch(raw, index, offset=examples.offset, scale=examples.scale)
+
+    return fetch
+
+
+def _to_host(result: tuple[TrainState, Metrics]) -> tuple[TrainState, dict[str, np.ndarray]]:
+    state, metrics = result
+    return state, {name: np.asarray(value) for name, value in metrics.items()}

@@ -1,0 +1,74 @@
+"""What a run says while it works: one live line on a terminal, plain lines elsewhere."""
+
+import sys
+import time
+from collections.abc import Mapping
+from typing import TextIO
+
+_SECONDS_BETWEEN_LINES = 10.0
+_SHOWN = ("loss", "clusters_nonempty", "silhouette", "acc", "nmi")
+
+
+class Progress:
+    """Rate, remaining time and the latest figures of a run.
+
+    Args:
+        total_steps: gradient steps of the whole run.
+        first_step: where this process starts, after a resume.
+        silent: print nothing.
+        stream: where to; standard output by default.
+    """
+
+    def __init__(
+        self,
+        total_steps: int,
+        first_step: int,
+        *,
+        silent: bool = False,
+        stream: TextIO | None = None,
+    ) -> None:
+        self._total, self._first = total_steps, first_step
+        self._silent = silent
+        self._stream = stream or sys.stdout
+        self._live = self._stream.isatty()
+        self._width = 0
+        self._last_line = -float("inf")
+        self._started = time.monotonic()
+
+    def note(self, text: str) -> None:
+        """Print a line that stays."""
+        if not self._silent:
+            self._write(text, stays=True)
+
+    def update(self, step: int, where: str, record: Mapping[str, float], rate: float) -> None:
+        """Show where the run is, the figures of ``record`` worth showing, rate and time left."""
+        if self._silent:
+            return
+        elapsed = time.monotonic() - self._started
+        left = elapsed / max(1, step - self._first) * (self._total - step)
+        figures = "  ".join(f"{name} {record[name]:.4g}" for name in _SHOWN if name in record)
+        line = (
+            f"{100 * step // self._total:3d}%  {where}  {figures}  {rate:,.0f} examples/s  "
+            f"{clock(left)} left"
+        )
+        if self._live:
+            self._write(line, stays=step == self._total)
+        elif step == self._total or time.monotonic() - self._last_line > _SECONDS_BETWEEN_LINES:
+            self._last_line = time.monotonic()
+            self._write(line, stays=True)
+
+    def _write(self, text: str, *, stays: bool) -> None:
+        if self._live:
+            padded = text.ljust(self._width)
+            self._stream.write(f"\r{padded}" + ("\n" if stays else ""))
+            self._width = 0 if stays else len(text)
+        else:
+            self._stream.write(text + "\n")
+        self._stream.flush()
+
+
+def clock(seconds: float) -> str:
+    """``75.2`` as ``1:15``, from an hour on as ``1:00:00``."""
+    minutes, rest = divmod(round(max(0.0, seconds)), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"

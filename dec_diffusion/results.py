@@ -1,0 +1,168 @@
+"""What a finished run leaves in its workdir: assignments, summary, pictures, samples."""
+
+import importlib.metadata
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from dec_diffusion import evaluate, metrics, report
+from dec_diffusion.data import Dataset
+from dec_diffusion.evaluate import Assignment
+from dec_diffusion.workdir import Workdir
+
+if TYPE_CHECKING:
+    from dec_diffusion.train import Run
+
+SAMPLES_PER_CLUSTER = 12
+_PACKAGES = ("dec_diffusion", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "scikit-learn")
+
+
+def write(
+    run: "Run", dataset: Dataset, assignment: Assignment, place: Workdir, *, started: float
+) -> dict[str, Any]:
+    """Write everything a person looks at after a run; returns the summary.
+
+    Args:
+        run: the trained method.
+        dataset: what it was trained on.
+        assignment: of that data set.
+        place: the workdir.
+        started: ``time.monotonic()`` when the command began.
+    """
+    write_assignments(dataset, assignment, place)
+    truth, num_clusters = dataset.labels, run.config.method.num_clusters
+    records = place.read_metrics()
+    busy = sum(r["seconds"] for r in records)
+    seen = sum(r["seconds"] * r["examples_per_second"] for r in records)
+    summary = {
+        "name": run.config.name,
+        "data": {
+            "name": dataset.name,
+            "examples": dataset.num_examples,
+            "shape": dataset.example_shape,
+            "labels": truth is not None,
+        },
+        "clusters": {
+            "asked": num_clusters,
+            "found": int(len(np.unique(assignment.labels))),
+            "report": metrics.cluster_report(
+                assignment.labels, assignment.probability, truth, num_clusters=num_clusters
+            ),
+        },
+        "scores": evaluate.score(assignment, num_clusters, truth),
+        "baselines": evaluate.compare(dataset, assignment, num_clusters, seed=run.config.seed),
+        "training": {
+            "steps": run.step,
+            "seconds": busy,
+            "examples_per_second": seen / busy if busy else None,
+            "parameters": sum(x.size for x in jax.tree.leaves(run.state.ema_params)),
+        },
+        "device": {"kind": jax.devices()[0].device_kind, "count": len(jax.devices())},
+        "versions": _versions(),
+    }
+    _pictures(run, dataset, assignment, place, records)
+    summary["seconds_this_command"] = time.monotonic() - started
+    place.write_json("summary.json", summary)
+    return summary
+
+
+def write_assignments(dataset: Dataset, assignment: Assignment, place: Workdir) -> None:
+    """``assignments.csv``: one row per example, in the order of the source."""
+    paths = dataset.paths or [""] * dataset.num_examples
+    place.write_assignments(dataset.rows, paths, assignment.labels, assignment.probability)
+
+
+def sample(
+    run: "Run", *, per_cluster: int = SAMPLES_PER_CLUSTER, seed: int = 0, **knobs: Any
+) -> np.ndarray:
+    """Generate examples of every cluster.
+
+    Args:
+        run: the trained method.
+        per_cluster: examples of each cluster.
+        seed: of the draw.
+        knobs: passed to the method's ``sample``.
+
+    Returns:
+        float32 [k, per_cluster, ...] in the units of the data.
+
+    Raises:
+        InputError: the method does not generate, or a knob is out of range.
+    """
+    num_clusters = run.config.method.num_clusters
+    component = jnp.repeat(jnp.arange(num_clusters), per_cluster)
+    draw = jax.jit(
+        lambda params, cluster, key: run.method.sample(params, cluster, key, component, **knobs)
+    )
+    x = draw(run.state.ema_params, run.state.cluster, jax.random.key(seed))
+    x = np.asarray(x) * run.scale + run.offset
+    return x.reshape(num_clusters, per_cluster, *run.spec.shape).astype(np.float32)
+
+
+def to_unit(examples: np.ndarray, run: "Run") -> np.ndarray:
+    """Images from the units of the data to [0, 1], for pictures."""
+    return np.clip(((examples - run.offset) / run.scale + 1) / 2, 0, 1)
+
+
+def describe(summary: Mapping[str, Any], folder: Path) -> str:
+    """The end of a run in a few lines: this run beside its baselines, and where to look."""
+    rows = [("this run", summary["scores"])]
+    rows += [(name, b["scores"]) for name, b in summary["baselines"].items()]
+    columns = ("acc", "nmi", "ari") if summary["data"]["labels"] else ("silhouette",)
+    lines = [f"{'':18s}" + "".join(f"{c:>11s}" for c in columns)]
+    for name, scores in rows:
+        figures = "".join(f"{scores[c]:11.3f}" for c in columns)
+        lines.append(f"{name.replace('_', ' '):18s}{figures}")
+    clusters = summary["clusters"]
+    lines.append(f"{clusters['found']} of {clusters['asked']} clusters have members")
+    lines.append(f"results: {folder}")
+    lines.append("  assignments.csv  summary.json  clusters.png  generated.png  latents.png  curves.png")
+    return "\n".join(lines)
+
+
+def _pictures(
+    run: "Run",
+    dataset: Dataset,
+    assignment: Assignment,
+    place: Workdir,
+    records: list[dict[str, Any]],
+) -> None:
+    folder, num_clusters = place.path, run.config.method.num_clusters
+    if jax.process_index() != 0:
+        return
+    if dataset.is_image:
+        shown = to_unit(np.asarray(dataset.examples, np.float32), run)
+        report.images_by_cluster(
+            folder / "clusters.png",
+            shown,
+            assignment.labels,
+            assignment.probability,
+            num_clusters=num_clusters,
+        )
+        if run.method.sample is not None:
+            report.generated_by_cluster(folder / "generated.png", to_unit(sample(run), run))
+    else:
+        flat = (dataset.examples - run.offset) / run.scale
+        report.centres(folder / "clusters.png", flat, assignment.labels, num_clusters=num_clusters)
+    report.latent_map(
+        folder / "latents.png", assignment.embedding, assignment.labels, labels_true=dataset.labels
+    )
+    report.curves(folder / "curves.png", records)
+    if dataset.labels is not None:
+        table, classes, clusters = metrics.contingency(dataset.labels, assignment.labels)
+        report.confusion(folder / "confusion.png", table, classes, clusters)
+
+
+def _versions() -> dict[str, str]:
+    found = {}
+    for package in _PACKAGES:
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            found[package] = "not installed"
+    return found

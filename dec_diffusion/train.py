@@ -1,0 +1,279 @@
+"""The host loop: load, resume, run the phases, checkpoint, report.
+
+``fit`` is what the command line calls, and ``_run`` is the EM loop; what one iteration computes
+is ``engine.em_iteration``.
+"""
+
+import os
+import time
+import warnings
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from dec_diffusion import config as configs
+from dec_diffusion import data as sources
+from dec_diffusion import engine, evaluate, parallel, results, workdir
+from dec_diffusion.config import Config
+from dec_diffusion.data import Dataset
+from dec_diffusion.engine import TrainState
+from dec_diffusion.method import DataSpec, Method, Phase
+from dec_diffusion.progress import Progress
+from dec_diffusion.types import InputError, PRNGKeyArray
+
+
+class NonFiniteLossError(RuntimeError):
+    """Training produced NaN or infinity; the message says where, and what to do."""
+
+
+class EmptyClusterWarning(UserWarning):
+    """Some clusters have no members: the method found fewer groups than it was asked for."""
+
+
+class Run(NamedTuple):
+    """A trained method, ready to predict and to sample.
+
+    Attributes:
+        config: as it was trained.
+        spec: shape and number of the training examples.
+        method: the method built for that shape.
+        state: weights (``ema_params`` are the ones to use) and mixture.
+        offset: of the training data; new data go through the same scaling.
+        scale: likewise.
+        step: gradient steps taken.
+    """
+
+    config: Config
+    spec: DataSpec
+    method: Method
+    state: TrainState
+    offset: np.ndarray
+    scale: np.ndarray
+    step: int
+
+
+class Result(NamedTuple):
+    """What ``fit`` returns; the same is in the workdir."""
+
+    run: Run
+    dataset: Dataset
+    assignment: evaluate.Assignment
+    summary: dict[str, Any]
+
+
+def fit(config: Config, path: str | os.PathLike[str], *, verbose: int = 1) -> Result:
+    """Train, or go on training, and leave everything a run leaves in its workdir.
+
+    Args:
+        config: the run.
+        path: its workdir; one that already holds this run is resumed.
+        verbose: 0 is silent, 1 reports on standard output.
+
+    Raises:
+        InputError: bad settings, data or workdir, found before any training; later only a
+            checkpoint that cannot be written.
+        NonFiniteLossError: the loss became NaN or infinite; earlier checkpoints stay.
+    """
+    started = time.monotonic()
+    configs.check(config)
+    dataset = sources.load(config.data)
+    sources.check_clusters(dataset, config.method.num_clusters, config.train.batch_size)
+    spec = DataSpec(dataset.example_shape, dataset.num_examples)
+    method = config.method.build(spec)
+    place = workdir.open_workdir(path, configs.to_dict(config), ignore=configs.RESUMABLE)
+    data = prepare(dataset, config)
+    with place.checkpoints(keep=config.train.keep_checkpoints) as checkpoints:
+        state, step = _run(config, method, dataset, data, place, checkpoints, verbose=verbose)
+    offset, scale = np.asarray(dataset.offset), np.asarray(dataset.scale)
+    run = Run(config, spec, method, state, offset, scale, step)
+    assignment = evaluate.compile_assign(method, data, _key(config))(state)
+    if verbose:
+        print("comparing with baselines, drawing samples and pictures ...", flush=True)
+    summary = results.write(run, dataset, assignment, place, started=started)
+    if verbose:
+        print(results.describe(summary, place.path), flush=True)
+    return Result(run, dataset, assignment, summary)
+
+
+def load(path: str | os.PathLike[str]) -> Run:
+    """The trained method of a workdir, from its newest intact checkpoint.
+
+    Raises:
+        InputError: there is no run in ``path``, or no checkpoint, or none is intact.
+    """
+    config = configs.from_dict(workdir.read_config(path))
+    folder = workdir.Workdir.at(path).path / workdir.CHECKPOINTS
+    built: dict[str, Any] = {}
+
+    def template(meta: dict[str, Any]) -> Any:
+        spec = DataSpec(tuple(meta["shape"]), meta["num_examples"])
+        built.update(spec=spec, method=config.method.build(spec))
+        batch = {
+            "image": np.zeros((1, *spec.shape), np.float32),
+            "index": np.zeros(1, np.int32),
+            "weight": np.ones(1, np.float32),
+        }
+        phase = built["method"].phases[meta["phase"]]
+        return engine.state_template(built["method"], phase, _key(config), batch)
+
+    with workdir.Checkpoints(folder, read_only=True) as checkpoints:
+        restored = checkpoints.restore_latest(template)
+    if restored is None:
+        raise InputError(f"--workdir={path} has no checkpoint yet; let its run reach one first")
+    offset, scale = (np.asarray(restored.meta[name], np.float32) for name in ("offset", "scale"))
+    state = jax.tree.map(jax.numpy.asarray, restored.state)
+    return Run(config, built["spec"], built["method"], state, offset, scale, restored.step)
+
+
+def prepare(dataset: Dataset, config: Config) -> parallel.Data:
+    """Put a data set where the engine can reach it, on the device if it fits."""
+    return parallel.place(
+        dataset.examples,
+        dataset.offset,
+        dataset.scale,
+        sweep_size=config.train.sweep_size,
+        resident=dataset.examples.nbytes <= config.train.resident_gib * 2**30,
+    )
+
+
+def assign(run: Run, dataset: Dataset) -> evaluate.Assignment:
+    """Assign the examples of a data set, which must have the run's scaling (``with_scaling``)."""
+    if dataset.example_shape != run.spec.shape:
+        raise InputError(
+            f"--config.data: examples of {dataset.name} have shape {dataset.example_shape}, the "
+            f"run was trained on {run.spec.shape}; give data of that shape"
+        )
+    data = prepare(dataset, run.config)
+    return evaluate.compile_assign(run.method, data, _key(run.config))(run.state)
+
+
+def _run(
+    config: Config,
+    method: Method,
+    dataset: Dataset,
+    data: parallel.Data,
+    place: workdir.Workdir,
+    checkpoints: workdir.Checkpoints,
+    *,
+    verbose: int,
+) -> tuple[TrainState, int]:
+    """Run all phases, from wherever the last checkpoint left off."""
+    key, batch_size = _key(config), config.train.batch_size
+    state, step, after = _start(method, key, parallel.first_batch(data), checkpoints)
+    place.truncate_metrics(step)
+    total = sum(phase.iterations * phase.steps for phase in method.phases.values())
+    progress = Progress(total, step, silent=not verbose)
+    progress.note(_opening(config, dataset, data, place, step, total))
+    assign = evaluate.compile_assign(method, data, key)
+    scaling = {"offset": np.asarray(dataset.offset), "scale": np.asarray(dataset.scale)}
+    shape = {"shape": dataset.example_shape, "num_examples": dataset.num_examples}
+
+    for number, name, phase, first in _remaining(method, after):
+        phase_key = jax.random.fold_in(key, number + 1)
+        begin, iterate = parallel.compile_phase(phase, data, phase_key, batch_size=batch_size)
+        if first == 0:
+            state, _ = begin(state)
+        scores: dict[str, float] = {}
+        for iteration in range(first + 1, phase.iterations + 1):
+            start = time.monotonic()
+            state, metrics = iterate(state)
+            seconds = time.monotonic() - start
+            _check_finite(metrics, name, step, checkpoints)
+            step += phase.steps
+            last = iteration == phase.iterations
+            if phase.assigns and (last or iteration % config.train.evaluate_every == 0):
+                scores = evaluate.score(assign(state), config.method.num_clusters, dataset.labels)
+                _warn_of_empty(scores, config.method.num_clusters, step)
+            rate = phase.steps * batch_size / seconds
+            record = {k: float(np.mean(v)) for k, v in metrics.items()} | scores
+            place.append_metrics(
+                {"step": step, "phase": name, "iteration": iteration}
+                | record
+                | {"seconds": seconds, "examples_per_second": rate}
+            )
+            if last or iteration % config.train.checkpoint_every == 0:
+                at = {"phase": name, "iteration": iteration}
+                checkpoints.save(step, state, at | shape | scaling)
+            progress.update(step, f"{name} {iteration}/{phase.iterations}", record, rate)
+    return state, step
+
+
+def _start(
+    method: Method, key: PRNGKeyArray, batch: Any, checkpoints: workdir.Checkpoints
+) -> tuple[TrainState, int, tuple[str, int] | None]:
+    """A fresh state, or the newest checkpoint with its step and (phase, iteration)."""
+
+    def template(meta: dict[str, Any]) -> Any:
+        return engine.state_template(method, method.phases[meta["phase"]], key, batch)
+
+    restored = checkpoints.restore_latest(template)
+    if restored is None:
+        return engine.init_state(method, key, batch), 0, None
+    # On the device now, so that the first compiled call donates it like every other.
+    state = jax.tree.map(jax.numpy.asarray, restored.state)
+    return state, restored.step, (restored.meta["phase"], restored.meta["iteration"])
+
+
+def _remaining(
+    method: Method, after: tuple[str, int] | None
+) -> Iterator[tuple[int, str, Phase, int]]:
+    """The phases still to run: their number, name, record, and iterations already done."""
+    names = list(method.phases)
+    at = names.index(after[0]) if after else -1
+    for number, (name, phase) in enumerate(method.phases.items()):
+        if number > at:
+            yield number, name, phase, 0
+        elif number == at and after and after[1] < phase.iterations:
+            yield number, name, phase, after[1]
+
+
+def _check_finite(
+    metrics: dict[str, np.ndarray], phase: str, step: int, checkpoints: workdir.Checkpoints
+) -> None:
+    finite = np.isfinite(metrics["loss"]) & np.isfinite(metrics["grad_norm"])
+    if finite.all():
+        return
+    checkpoints.wait()
+    good = checkpoints.steps()
+    last = f"the last good checkpoint is step {good[-1]}" if good else "there is no checkpoint yet"
+    raise NonFiniteLossError(
+        f"loss or gradient is not finite at step {step + int(np.argmin(finite)) + 1} (phase "
+        f"{phase}); {last}; lower --config.method.learning_rate or --config.method.clip, or look "
+        "for extreme values in the data, and train in a new --workdir"
+    )
+
+
+def _warn_of_empty(scores: dict[str, float], num_clusters: int, step: int) -> None:
+    found = int(scores["clusters_nonempty"])
+    if found < num_clusters:
+        warnings.warn(
+            f"step {step}: {num_clusters - found} of {num_clusters} clusters are empty; lower "
+            "--config.method.kl_weight or ask for fewer clusters",
+            EmptyClusterWarning,
+            stacklevel=2,
+        )
+
+
+def _opening(
+    config: Config,
+    dataset: Dataset,
+    data: parallel.Data,
+    place: workdir.Workdir,
+    step: int,
+    total: int,
+) -> str:
+    device = jax.devices()[0]
+    shape = "x".join(map(str, dataset.example_shape))
+    where = "on the device" if data.resident else "streamed from the host"
+    start = f"resuming at step {step:,} of {total:,}" if step else f"{total:,} steps"
+    return (
+        f"{config.name}: {dataset.num_examples:,} examples of {shape} ({dataset.name}, {where}), "
+        f"{config.method.num_clusters} clusters, {len(jax.devices())} {device.platform} device(s)\n"
+        f"workdir {place.path}: {start}"
+    )
+
+
+def _key(config: Config) -> PRNGKeyArray:
+    return jax.random.key(config.seed)

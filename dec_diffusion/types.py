@@ -1,0 +1,70 @@
+"""The few types that every other module shares.
+
+Axis letters used in shape annotations throughout the package: ``b`` batch, ``n`` examples,
+``k`` clusters, ``d`` latent (or feature) dimensions, ``h w c`` image height, width, channels,
+``t`` time steps.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any, TypeVar, dataclass_transform
+
+import jax
+from jaxtyping import Array, Float, Int, PRNGKeyArray, Shaped
+
+Params = Mapping[str, Any]
+"""Network parameters: nested dictionaries of arrays."""
+
+Batch = Mapping[str, Array]
+"""``image`` float32 [b, h, w, c] (or [b, d] for vectors), scaled to about [-1, 1]; ``index``
+int32 [b], the row in the data set; ``weight`` float32 [b], 0 on padding and 1 elsewhere.
+A batch never carries labels."""
+
+Metrics = Mapping[str, Array]
+"""Scalars worth logging, by name."""
+
+_T = TypeVar("_T")
+
+
+class InputError(ValueError):
+    """The user gave something that cannot work.
+
+    The message is one line that names the option or file and the remedy; the command line
+    prints it alone and exits with status 2.
+    """
+
+
+@dataclass_transform(frozen_default=True)
+def pytree(cls: type[_T]) -> type[_T]:
+    """Make ``cls`` a frozen dataclass that JAX treats as a pytree of its fields.
+
+    A field declared with ``static()`` is part of the tree's structure instead of a leaf, so
+    changing it recompiles.
+    """
+    cls = dataclasses.dataclass(frozen=True)(cls)
+    fields = dataclasses.fields(cls)  # pyright: ignore[reportArgumentType]
+    return jax.tree_util.register_dataclass(
+        cls,
+        data_fields=[f.name for f in fields if not f.metadata.get("static")],
+        meta_fields=[f.name for f in fields if f.metadata.get("static")],
+    )
+
+
+def static(**kwargs: Any) -> Any:
+    """A dataclass field that is part of a pytree's structure, not a leaf."""
+    return dataclasses.field(metadata={"static": True}, **kwargs)
+
+
+__all__ = [
+    "Array",
+    "Batch",
+    "Float",
+    "InputError",
+    "Int",
+    "Metrics",
+    "PRNGKeyArray",
+    "Params",
+    "Shaped",
+    "pytree",
+    "static",
+]
