@@ -137,7 +137,7 @@ def kl_to_components(
 def mixture_kl_bound(
     mixture: Mixture, mean: Float[Array, "n d"], variance: Float[Array, "n d"]
 ) -> Float[Array, " n"]:
-    """The middle term of (4), in nats: an upper bound of KL(q || mixture), attained by no other g.
+    """The middle term of (4), in nats: the bound of KL(q || mixture) that is least over g.
 
     Its gradient is that of the right-hand side with g = g* held fixed.
     """
@@ -345,7 +345,7 @@ def split_merge(
     variance: Float[Array, "n d"] | None = None,
     weight: Float[Array, " n"] | None = None,
     *,
-    candidates: int = 4,
+    candidates: int = 16,
     iterations: int = 20,
     split_iterations: int = 10,
     min_gain: float = 1e-4,
