@@ -1,206 +1,209 @@
-"""What the command line does in each mode, and how its flags become a ``Config``."""
+"""What the command line does in each mode."""
 
 import dataclasses
 import difflib
 import importlib.util
 import time
+import traceback
+import warnings
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from absl import flags
 
+from dec_diffusion import config as configs
+from dec_diffusion import data, report, results, train, workdir
+from dec_diffusion.config import Config
+from dec_diffusion.data import DataConfig, Dataset
+from dec_diffusion.train import Run
 from dec_diffusion.types import InputError
+from dec_diffusion.workdir import Workdir
 
-PACKAGE = Path(__file__).resolve().parent
-_SAVED = PACKAGE / "saved_config.py"
+if TYPE_CHECKING:
+    from dec_diffusion.main import Options
 
 
-def run(mode: str, config: Any, path: str | None, *, verbose: int) -> None:
-    """Carry out one command.
-
-    Args:
-        mode: ``train``, ``evaluate``, ``predict`` or ``sample``.
-        config: the run's ``Config``.
-        path: its workdir, ``runs/<name>`` if None.
-        verbose: 0 or 1.
+def run(options: "Options") -> None:
+    """Carry out a command.
 
     Raises:
         InputError: anything the user can mend.
+        NonFiniteLossError: training failed.
     """
-    # Here, so that help and bad flags do not wait for JAX.
-    from dec_diffusion import train
-
-    path = path or str(Path("runs") / config.name)
-    if mode == "train":
+    started = time.monotonic()
+    verbose = 0 if options.quiet else 1
+    config = load_config(options)
+    configs.check(config)
+    path = options.workdir or str(Path("runs") / config.name)
+    if options.mode == "train":
         train.fit(config, path, verbose=verbose)
         return
     trained = _with_settings(train.load(path), config, path)
-    folder = Path(path) / mode
-    folder.mkdir(exist_ok=True)
-    {"evaluate": _evaluate, "predict": _predict, "sample": _sample}[mode](trained, config, folder)
+    place = Workdir(Path(path).expanduser().absolute() / options.mode)
+    if options.mode == "sample":
+        said = _sample(trained, place)
+    elif options.mode == "predict":
+        said = _predict(trained, place)
+    else:
+        said = _evaluate(trained, place, started)
     if verbose:
-        print(f"{mode}: {', '.join(sorted(p.name for p in folder.iterdir()))} in {folder}")
+        print(said)
 
 
-def _with_settings(trained: Any, config: Any, path: str) -> Any:
+def load_config(options: "Options") -> Config:
+    """The config that the options name, or that of the run in the workdir, with its overrides.
+
+    Raises:
+        InputError: a broken config file, no such variant or field, or a value of another type.
+    """
+    if options.config is not None:
+        config = _config_of_file(options.config, options.variant)
+    else:
+        config = configs.from_dict(workdir.read_config(options.workdir or ""))
+        config = dataclasses.replace(config, data=_other_data(config.data, options.overrides))
+    for name, text in options.overrides:
+        config = configs.override(config, name, text)
+    return config
+
+
+def _other_data(own: DataConfig, overrides: list[tuple[str, str | None]]) -> DataConfig:
+    """The data section of a run, without what was said of its data if others are asked for.
+
+    A ``limit`` of the training data, say, must not cut short the data to predict.
+    """
+    changed = {name for name, _ in overrides}
+    if "data.name" in changed:
+        return DataConfig()
+    if changed & {"data.path", "data.tfds_name"}:
+        return DataConfig(name=own.name, path=own.path)
+    return own
+
+
+def describe(options: "Options") -> str:
+    """The fields of a config and their values, as options of the command line."""
+    file = options.config
+    assert file is not None
+    config = load_config(options)
+    variants = _variants(_module(file))
+    lines = [f"{file}, variants: {', '.join(variants)}"] if variants else [str(file)]
+    for name, value in configs.flatten(config).items():
+        shown = ",".join(map(str, value)) if isinstance(value, tuple) else value
+        lines.append(f"  --config.{name}={shown}")
+    return "\n".join(lines)
+
+
+def _config_of_file(file: Path, variant: str | None) -> Config:
+    module = _module(file)
+    variants = _variants(module)
+    if variant is not None and variants and variant not in variants:
+        near = difflib.get_close_matches(variant, variants, n=1)
+        hint = f"did you mean {near[0]}? " if near else ""
+        raise InputError(
+            f"--config={file}:{variant}: no such variant; {hint}variants: {', '.join(variants)}"
+        )
+    get_config = getattr(module, "get_config", None)
+    if get_config is None:
+        raise InputError(f"--config={file}: has no function get_config; add one, or give another")
+    try:
+        config = get_config() if variant is None else get_config(variant)
+    except InputError:
+        raise
+    except Exception as error:
+        raise _broken(file, error) from error
+    if not isinstance(config, Config):
+        raise InputError(
+            f"--config={file}: get_config returned a {type(config).__name__}; "
+            "it must return a dec_diffusion.config.Config"
+        )
+    return config
+
+
+def _module(file: Path) -> Any:
+    spec = importlib.util.spec_from_file_location("dec_diffusion_config", file)
+    if spec is None or spec.loader is None:
+        raise InputError(f"--config={file}: is no Python file; give one that ends in .py")
+    module = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:
+        raise _broken(file, error) from error
+    return module
+
+
+def _variants(module: Any) -> list[str]:
+    return list(getattr(module, "VARIANTS", ()))
+
+
+def _broken(file: Path, error: Exception) -> InputError:
+    lines = [f.lineno for f in traceback.extract_tb(error.__traceback__) if f.filename == str(file)]
+    where = f" in line {lines[-1]}" if lines else ""
+    reason = " ".join(str(error).split())
+    return InputError(f"--config={file}: fails{where} ({type(error).__name__}: {reason}); mend it")
+
+
+def _with_settings(trained: Run, config: Config, path: str) -> Run:
     """The run with the sampler's settings of ``config``; nothing else of its method may differ."""
-    saved, asked = dataclasses.asdict(trained.config.method), dataclasses.asdict(config.method)
+    saved, asked = (configs.flatten(c.method) for c in (trained.config, config))
     changed = [k for k in saved if saved[k] != asked.get(k) and not k.startswith("sample_")]
     if changed or type(config.method) is not type(trained.config.method):
         raise InputError(
             f"--workdir={path} was trained with other settings of --config.method "
-            f"({', '.join(changed) or 'another method'}); leave --config out to use the run's own"
+            f"({', '.join(changed) or 'another method'}); leave them as they were, "
+            "which is easiest without --config"
         )
     return trained._replace(config=config, method=config.method.build(trained.spec))
 
 
-def _dataset(trained: Any, config: Any) -> Any:
-    from dec_diffusion import data
+def _dataset(trained: Run) -> Dataset:
+    """The data of the config, under the scaling of the training data."""
+    dataset = data.load(trained.config.data)
+    if dataset.is_image and not 0.5 <= dataset.scale / np.max(trained.scale) <= 2.0:
+        warnings.warn(
+            f"{dataset.name}: its values span {_span(dataset.offset, dataset.scale)}, those of the "
+            f"training data {_span(trained.offset, trained.scale)}; give data in the same units",
+            stacklevel=2,
+        )
+    return data.with_scaling(dataset, trained.offset, trained.scale)
 
-    return data.with_scaling(data.load(config.data), trained.offset, trained.scale)
+
+def _span(offset: Any, scale: Any) -> str:
+    return f"{np.min(offset - scale):g} to {np.max(offset + scale):g}"
 
 
-def _evaluate(trained: Any, config: Any, folder: Path) -> None:
-    from dec_diffusion import results, train, workdir
-
-    started = time.monotonic()
-    dataset = _dataset(trained, config)
+def _evaluate(trained: Run, place: Workdir, started: float) -> str:
+    dataset = _dataset(trained)
     assignment = train.assign(trained, dataset)
-    summary = results.write(
-        trained, dataset, assignment, workdir.Workdir(folder.absolute()), started=started
+    _make(place.path)
+    return results.describe(
+        results.write(trained, dataset, assignment, place, started=started), place.path
     )
-    print(results.describe(summary, folder))
 
 
-def _predict(trained: Any, config: Any, folder: Path) -> None:
-    from dec_diffusion import results, train, workdir
-
-    dataset = _dataset(trained, config)
+def _predict(trained: Run, place: Workdir) -> str:
+    dataset = _dataset(trained)
     assignment = train.assign(trained, dataset)
-    results.write_assignments(dataset, assignment, workdir.Workdir(folder.absolute()))
+    _make(place.path)
+    results.write_assignments(dataset, assignment, place)
+    return f"{dataset.num_examples:,} examples assigned: {place.path / workdir.ASSIGNMENTS}"
 
 
-def _sample(trained: Any, config: Any, folder: Path) -> None:
-    from dec_diffusion import report, results
-
+def _sample(trained: Run, place: Workdir) -> str:
     if trained.method.sample is None:
         raise InputError(f"--mode=sample: {trained.config.name} is no generative method")
-    samples = results.sample(trained, seed=config.seed)
-    np.save(folder / "samples.npy", samples)
+    samples = results.sample(trained, seed=trained.config.seed)
+    _make(place.path)
+    np.save(place.path / "samples.npy", samples)
+    said = f"{samples.shape[1]} examples of each of {samples.shape[0]} clusters: {place.path}"
     if trained.spec.is_image:
-        report.generated_by_cluster(folder / "generated.png", results.to_unit(samples, trained))
+        shown = results.to_unit(samples, trained)
+        report.generated_by_cluster(place.path / "generated.png", shown)
+    return said
 
 
-def locate_config(argv: list[str]) -> list[str]:
-    """Make ``--config`` point to a file: a path, a name of a shipped config, or a saved run's.
-
-    Raises:
-        InputError: there is no such config.
-    """
-    argv = _joined(argv)
-    given = [i for i, a in enumerate(argv) if a.startswith("--config=")]
-    if not given:
-        options = dict(a[2:].split("=", 1) for a in argv if a.startswith("--") and "=" in a)
-        if any(a.startswith(("--help", "-h")) for a in argv):
-            return argv
-        if options.get("mode", "train") == "train" or "workdir" not in options:
-            raise InputError(
-                f"--config is missing: give a config file or one of {', '.join(shipped())}"
-                " (or --workdir of a finished run with --mode=evaluate, predict or sample)"
-            )
-        return [argv[0], f"--config={_SAVED}:{options['workdir']}", *argv[1:]]
-    for i in given:
-        value = argv[i].removeprefix("--config=")
-        name, colon, variant = value.partition(":")
-        argv[i] = f"--config={_find(name)}{colon}{variant}"
-    return argv
-
-
-def shipped() -> list[str]:
-    """Names of the configs that come with the package."""
-    return sorted(p.stem for p in _folder().glob("*.py"))
-
-
-def parse_flags(argv: list[str]) -> list[str]:
-    """Parse the command line; every mistake becomes one ``InputError``."""
-    _check_overrides(argv)
+def _make(folder: Path) -> None:
     try:
-        return flags.FLAGS(argv)
-    except (flags.Error, KeyError, AttributeError, TypeError, ValueError) as error:
-        raise InputError(" ".join(str(error).split())) from error
-
-
-def _joined(argv: list[str]) -> list[str]:
-    """``--config x`` as ``--config=x``, likewise for ``-`` and for our other two flags."""
-    out: list[str] = []
-    rest = iter(argv)
-    for a in rest:
-        a = f"-{a}" if a.startswith("-") and not a.startswith("--") else a
-        if a in ("--config", "--workdir", "--mode"):
-            value = next(rest, None)
-            if value is None:
-                raise InputError(f"{a} needs a value")
-            a = f"{a}={value}"
-        out.append(a)
-    return out
-
-
-def _folder() -> Path:
-    installed = PACKAGE / "configs"
-    return installed if installed.is_dir() else PACKAGE.parent / "configs"
-
-
-def _find(name: str) -> Path:
-    stem = Path(name).name.removesuffix(".py")
-    for candidate in (Path(name), _folder() / f"{stem}.py"):
-        if candidate.is_file():
-            return candidate
-    near = difflib.get_close_matches(stem, shipped(), n=1)
-    hint = f"did you mean {near[0]}? " if near else ""
-    raise InputError(f"--config={name}: no such file; {hint}shipped: {', '.join(shipped())}")
-
-
-def _load(path: str, variant: str | None) -> Any:
-    spec = importlib.util.spec_from_file_location("dec_diffusion_config", path)
-    if spec is None or spec.loader is None:
-        raise InputError(f"--config={path}: not a Python file")
-    module = importlib.util.module_from_spec(spec)
-    try:
-        spec.loader.exec_module(module)
-        return module.get_config(variant) if variant is not None else module.get_config()
-    except (SyntaxError, ImportError, AttributeError, TypeError, NameError) as error:
-        raise InputError(f"--config={path}: cannot be read ({error})") from error
-
-
-def _check_overrides(argv: list[str]) -> None:
-    """Name the field a mistyped ``--config.a.b`` meant, which the flag library does not."""
-    configs = [a.removeprefix("--config=") for a in argv if a.startswith("--config=")]
-    if not configs:
-        return
-    path, colon, variant = configs[-1].partition(":")
-    config = _load(path, variant if colon else None)
-    known = _fields(config)
-    for a in argv:
-        if a.startswith(("--config.", "--noconfig.")):
-            name = a.split("=", 1)[0].split(".", 1)[1]
-            if name not in known:
-                near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
-                group = name.rpartition(".")[0]
-                options = [k for k in known if k.rpartition(".")[0] == group] or known
-                hint = f"did you mean --config.{near[0]}? " if near else ""
-                raise InputError(
-                    f"--config.{name}: no such field; {hint}fields: {', '.join(options)}"
-                )
-
-
-def _fields(config: Any, prefix: str = "") -> list[str]:
-    names: list[str] = []
-    for field in dataclasses.fields(config):
-        value = getattr(config, field.name)
-        if dataclasses.is_dataclass(value):
-            names += _fields(value, f"{prefix}{field.name}.")
-        else:
-            names.append(prefix + field.name)
-    return names
-
+        folder.mkdir(exist_ok=True)
+    except OSError as error:
+        raise InputError(
+            f"{folder}: cannot be written ({error.strerror}); make room for a folder there"
+        ) from error

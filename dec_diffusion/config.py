@@ -1,9 +1,12 @@
-"""Typed configuration: what a config file returns, and how it goes to JSON and back."""
+"""Typed configuration: what a config file returns, its checks, and how it goes to JSON and back."""
 
 import dataclasses
+import difflib
 import importlib
 import math
-from typing import Any, Protocol
+import numbers
+import types
+from typing import Any, Literal, Protocol, Union, get_args, get_origin, get_type_hints
 
 from dec_diffusion.data import DataConfig
 from dec_diffusion.method import DataSpec, Method
@@ -66,17 +69,61 @@ RESUMABLE = ("train.evaluate_every", "train.checkpoint_every", "train.keep_check
 
 
 def check(config: Config) -> None:
-    """Check what can be checked before any data are read.
+    """Check what can be checked before any data are read: types, and ranges of host settings.
 
     Raises:
         InputError: naming the first field that cannot work and the remedy.
     """
-    for field in dataclasses.fields(config.train):
-        value = getattr(config.train, field.name)
-        if not value > 0 or not math.isfinite(value):
-            raise InputError(f"--config.train.{field.name}={value}: must be greater than 0")
-    if config.seed < 0:
-        raise InputError(f"--config.seed={config.seed}: must be 0 or greater")
+    hints = _hints(config)
+    for name, value in flatten(config).items():
+        if not _fits(value, hints[name]):
+            raise InputError(f"--config.{name}={value}: must be {_expected(hints[name])}")
+    if not config.name:
+        raise InputError("--config.name=: must not be empty; it names the run")
+    for name, value in flatten(config.train).items():
+        least = 0 if name == "resident_gib" else 1
+        if value < least:
+            raise InputError(f"--config.train.{name}={value}: must be at least {least}")
+    if not 0 <= config.seed < 2**32:
+        raise InputError(f"--config.seed={config.seed}: must lie between 0 and {2**32 - 1}")
+
+
+def flatten(config: Any, prefix: str = "") -> dict[str, Any]:
+    """The fields of a dataclass and of those within it, by dotted name."""
+    flat: dict[str, Any] = {}
+    for field in dataclasses.fields(config):
+        name, value = prefix + field.name, getattr(config, field.name)
+        if dataclasses.is_dataclass(value):
+            flat |= flatten(value, f"{name}.")
+        else:
+            flat[name] = value
+    return flat
+
+
+def override(config: Config, name: str, text: str | None) -> Config:
+    """The config with one field changed, as the command line asks.
+
+    Args:
+        config: stays as it is.
+        name: of the field, dotted.
+        text: its value, in the syntax of the command line: ``none`` where the field may be unset,
+            a tuple as ``1,2,4``; None means true.
+
+    Raises:
+        InputError: no such field, or a value of another type.
+    """
+    hints = _hints(config)
+    if name not in hints:
+        raise InputError(f"--config.{name}: no such field; {_suggest(name, list(hints))}")
+    if text is None and hints[name] is not bool:
+        raise InputError(f"--config.{name} needs a value, --config.{name}=...")
+    try:
+        value = _from_text("true" if text is None else text.strip(), hints[name])
+        if not _fits(value, hints[name]):
+            raise ValueError
+    except ValueError:
+        raise InputError(f"--config.{name}={text}: must be {_expected(hints[name])}") from None
+    return _replace(config, name.split("."), value)
 
 
 def to_dict(config: Config) -> dict[str, Any]:
@@ -95,24 +142,100 @@ def from_dict(plain: dict[str, Any]) -> Config:
     """
     try:
         method = dict(plain["method"])
-        module, _, name = method.pop("is").partition(":")
+        module, _, name = str(method.pop("is", "")).partition(":")
+        # A config.json may come from anywhere: it must not choose what is imported and called.
         if not module.startswith("dec_diffusion.methods."):
             raise ValueError(f"unknown method {module}")
         kind = getattr(importlib.import_module(module), name)
-        return Config(
-            name=plain["name"],
-            method=_fill(kind, method),
-            data=_fill(DataConfig, plain["data"]),
-            train=_fill(TrainConfig, plain["train"]),
-            seed=plain["seed"],
-        )
+        if not dataclasses.is_dataclass(kind) or kind.__module__ != module:
+            raise ValueError(f"unknown method {module}:{name}")
+        parts = {
+            "method": _fill(kind, method),
+            "data": _fill(DataConfig, plain["data"]),
+            "train": _fill(TrainConfig, plain["train"]),
+        }
+        return Config(**{**plain, **parts})
     except (AttributeError, ImportError, KeyError, TypeError, ValueError) as error:
+        reason = f"{error} is missing" if isinstance(error, KeyError) else error
         raise InputError(
-            f"config.json does not fit this version of dec_diffusion ({error}); "
+            f"config.json does not fit this version of dec_diffusion ({reason}); "
             "use the version that made the run, or train again in a new --workdir"
         ) from error
 
 
 def _fill(kind: Any, values: dict[str, Any]) -> Any:
-    tuples = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
-    return kind(**tuples)
+    return kind(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
+
+
+def _replace(record: Any, names: list[str], value: Any) -> Any:
+    first, *rest = names
+    new = _replace(getattr(record, first), rest, value) if rest else value
+    return dataclasses.replace(record, **{first: new})
+
+
+def _suggest(name: str, known: list[str]) -> str:
+    ends = {k.rpartition(".")[2]: k for k in known}
+    end = name.rpartition(".")[2]
+    # The right field in the wrong group, a slip in the whole name, or a slip and no group.
+    near = [ends[end]] if end in ends else difflib.get_close_matches(name, known, 1, cutoff=0.7)
+    near = near or [ends[e] for e in difflib.get_close_matches(end, ends, 1)]
+    return f"did you mean --config.{near[0]}?" if near else "--config=... --help lists the fields"
+
+
+# -- types of fields --
+
+
+def _hints(config: Any, prefix: str = "") -> dict[str, Any]:
+    """The type of every field that ``flatten`` gives."""
+    hints, own = {}, get_type_hints(type(config))
+    for field in dataclasses.fields(config):
+        name, value = prefix + field.name, getattr(config, field.name)
+        if dataclasses.is_dataclass(value):
+            hints |= _hints(value, f"{name}.")
+        else:
+            hints[name] = own[field.name]
+    return hints
+
+
+def _optional(hint: Any) -> Any:
+    """``T`` of ``T | None``, else None."""
+    if get_origin(hint) in (Union, types.UnionType):
+        return next(h for h in get_args(hint) if h is not types.NoneType)
+    return None
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    if inner := _optional(hint):
+        return value is None or _fits(value, inner)
+    if get_origin(hint) is Literal:
+        return value in get_args(hint)
+    if get_origin(hint) is tuple:
+        return isinstance(value, tuple) and all(_fits(v, get_args(hint)[0]) for v in value)
+    if hint in (int, float):
+        kind = numbers.Integral if hint is int else numbers.Real
+        return isinstance(value, kind) and not isinstance(value, bool) and math.isfinite(value)
+    return hint is Any or isinstance(value, hint)
+
+
+def _from_text(text: str, hint: Any) -> Any:
+    """The value that a text means; raises ValueError if it has none of this type."""
+    if inner := _optional(hint):
+        return None if text.lower() == "none" else _from_text(text, inner)
+    if get_origin(hint) is tuple:
+        items = text.strip("()[]").split(",")
+        return tuple(_from_text(i.strip(), get_args(hint)[0]) for i in items if i.strip())
+    if hint is bool:
+        words = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
+        return words.get(text.lower())
+    return hint(text) if hint in (int, float) else text
+
+
+def _expected(hint: Any) -> str:
+    if inner := _optional(hint):
+        return f"{_expected(inner)}, or none"
+    if get_origin(hint) is Literal:
+        return f"one of {', '.join(map(str, get_args(hint)))}"
+    if get_origin(hint) is tuple:
+        return f"{_expected(get_args(hint)[0])}, or several with commas between"
+    words = {int: "a whole number", float: "a finite number", bool: "true or false", str: "text"}
+    return words.get(hint, str(hint))

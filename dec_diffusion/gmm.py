@@ -14,6 +14,7 @@ An example is a diagonal Gaussian q = N(m, diag v), such as an encoder's posteri
 (5) M-step               N_c = sum_i w_i g*_ic,  pi_c = N_c / sum_c' N_c',
                          mu_c = sum_i w_i g*_ic m_i / N_c,
                          S_c = sum_i w_i g*_ic [ (m_i - mu_c)(m_i - mu_c)' + diag v_i ] / N_c
+(6) balanced     log pi_c <- log pi_c - log N_c, up to a constant, in place of pi_c in (5)
 
 Alternating (2) and (5) never lowers the mean of log sum_c exp(l_c), so never raises the mean of the
 middle term of (4), since H(q) does not depend on the mixture. With points this is textbook EM, and
@@ -77,16 +78,6 @@ class FitResult:
     log_likelihood: Float[Array, " iterations"]
     iterations: Int[Array, ""]
     converged: Shaped[Array, ""]
-
-
-@pytree
-class MoveResult:
-    """A split-and-merge move: ``move`` = (merged, merged, split), meaningful if ``accepted``."""
-
-    mixture: Mixture
-    log_likelihood: Float[Array, ""]
-    accepted: Shaped[Array, ""]
-    move: Int[Array, "3"]
 
 
 def log_joint(
@@ -175,6 +166,7 @@ def update(
     reg_covar: float = 1e-6,
     variance_floor: float = 0.0,
     weight_prior: float = 1.0,
+    balance: float = 0.0,
 ) -> Mixture:
     """The M-step (5), with guards against degenerate components.
 
@@ -187,6 +179,9 @@ def update(
         axis (full covariances: in every direction of the data standardised axis by axis).
       weight_prior: alpha >= 1 of a symmetric Dirichlet prior; pi_c is proportional to
         N_c + alpha - 1, which keeps it above zero for alpha > 1.
+      balance: b in [0, 1]; 0 is maximum likelihood, 1 makes components share the data equally.
+        In between log pi_c is the average, by b, of log N_c and of (6), one Sinkhorn step, whose
+        fixed point has N_c equal for all c.
     """
     tiny = 10 * jnp.finfo(mixture.means.dtype).eps
     alive = stats.count > tiny
@@ -211,7 +206,11 @@ def update(
             lambda full: full,
             covariance,
         )
-    log_weights = jnp.log(stats.count + (weight_prior - 1))
+    log_count = jnp.log(stats.count + (weight_prior - 1))
+    # Where there is no balancing a dead component's weight of zero must not meet 0 * inf.
+    scaled = mixture.log_weights - jnp.maximum(log_count, -30.0)
+    log_weights = jnp.where(balance > 0, balance * scaled, 0.0) + (1 - balance) * log_count
+    log_weights = jnp.where(balance < 1, log_weights, scaled)
     return Mixture(log_weights - jax.nn.logsumexp(log_weights), means, covariance)
 
 
@@ -334,89 +333,6 @@ def reseed_dead(
     log_weights = log_weights - jax.nn.logsumexp(log_weights)
     mixture = Mixture(log_weights, mixture.means, mixture.covariance)
     return jax.lax.scan(revive, mixture, jnp.arange(k))[0], dead
-
-
-@functools.partial(
-    jax.jit, static_argnames=("candidates", "iterations", "split_iterations", "axis_name")
-)
-def split_merge(
-    mixture: Mixture,
-    mean: Float[Array, "n d"],
-    variance: Float[Array, "n d"] | None = None,
-    weight: Float[Array, " n"] | None = None,
-    *,
-    candidates: int = 16,
-    iterations: int = 20,
-    split_iterations: int = 10,
-    min_gain: float = 1e-4,
-    tol: float = 1e-4,
-    axis_name: str | None = None,
-    **guards: float,
-) -> MoveResult:
-    """One split-and-merge move, as in SMEM (Ueda et al., 2000), to leave a local optimum.
-
-    A move merges two components and splits a third. The cost of a merge is estimated by
-    Runnalls' bound (2007), the gain of a split by a short EM of two halves on the examples of
-    that component. The ``candidates`` moves of best estimated balance, and the mixture as it is,
-    run EM for ``iterations``; a move is taken if its mean log-likelihood exceeds that of staying
-    by ``min_gain`` nats. Without one, the result is the mixture after those iterations.
-    ``guards`` are those of ``update``. Memory: ``candidates`` + 1 times that of ``fit``.
-
-    Raises:
-      InputError: the mixture has fewer than 3 components.
-    """
-    k = mixture.log_weights.shape[0]
-    if k < 3:
-        raise InputError(f"clusters = {k}: a split-and-merge move needs at least 3")
-    weight = _weight(weight, mean)
-    em = functools.partial(fit, mean=mean, variance=variance, tol=tol, axis_name=axis_name)
-
-    log_resp, _ = log_responsibilities(mixture, mean, variance)
-    density = _log_density(mixture, mean, variance)
-    total = jnp.maximum(_psum(jnp.sum(weight), axis_name), 1e-30)
-
-    def try_split(source: Array) -> tuple[Mixture, Array]:
-        part = weight * jnp.exp(log_resp[:, source])
-        halves = _halves(mixture, source)
-        halves = Mixture(jnp.full(2, -math.log(2), mean.dtype), halves.means, halves.covariance)
-        local = em(halves, weight=part, iterations=split_iterations, **guards)
-        count, whole = _psum((jnp.sum(part), jnp.sum(part * density[:, source])), axis_name)
-        gain = (count * local.log_likelihood[-1] - whole) / total
-        halves = local.mixture
-        log_weights = halves.log_weights + mixture.log_weights[source]
-        return Mixture(log_weights, halves.means, halves.covariance), gain
-
-    # In turn, not batched: batched, the small fits together would need [n, k, d].
-    splits, gains = jax.lax.map(try_split, jnp.arange(k))
-    index = jnp.arange(k)
-    costs = jax.vmap(lambda i: jax.vmap(lambda j: _merge(mixture, i, j)[1])(index))(index)
-    i, j, s = jnp.meshgrid(index, index, index, indexing="ij")
-    balance = jnp.where((i < j) & (s != i) & (s != j), gains[s] - costs[i, j], -jnp.inf)
-    number = min(candidates, k * (k - 1) * (k - 2) // 2)
-    _, chosen = jax.lax.top_k(jnp.nan_to_num(balance, nan=-jnp.inf).ravel(), number)
-    moves = jnp.stack([i.ravel()[chosen], j.ravel()[chosen], s.ravel()[chosen]], axis=1)
-
-    def propose(move: Array) -> Mixture:
-        merged, _ = _merge(mixture, move[0], move[1])
-        rest = jax.tree.map(lambda leaf: leaf[move[2]], splits)
-        put = lambda leaf, one, two: leaf.at[move[0]].set(one).at[move[1:]].set(two)  # noqa: E731
-        return jax.tree.map(put, mixture, merged, rest)
-
-    proposals = jax.tree.map(
-        lambda new, old: jnp.concatenate([old[None], new]), jax.vmap(propose)(moves), mixture
-    )
-
-    def run(start: Mixture) -> tuple[Mixture, Array]:
-        end = em(start, weight=weight, iterations=iterations, **guards).mixture
-        return end, log_likelihood(end, mean, variance, weight, axis_name=axis_name)
-
-    ends, values = jax.vmap(run)(proposals)
-    values = jnp.where(jnp.isnan(values), -jnp.inf, values)
-    best = jnp.argmax(values[1:]) + 1
-    accepted = values[best] > values[0] + min_gain
-    taken = jnp.where(accepted, best, 0)
-    result = jax.tree.map(lambda leaf: leaf[taken], ends)
-    return MoveResult(result, values[taken], accepted, moves[best - 1])
 
 
 def sample(
@@ -558,20 +474,3 @@ def _halves(mixture: Mixture, source: Array) -> Mixture:
         mixture.means[source] + jnp.stack([-step, step]),
         jnp.stack([rest, rest]),
     )
-
-
-def _merge(mixture: Mixture, i: Array, j: Array) -> tuple[Mixture, Array]:
-    """One component of the moments of two, and Runnalls' bound on the loss of likelihood."""
-    log_weight = jnp.logaddexp(mixture.log_weights[i], mixture.log_weights[j])
-    # Two components of weight 0 have a log-weight of -inf, and -inf - -inf is not a number.
-    share = jnp.exp(mixture.log_weights[i] - jnp.maximum(log_weight, -1e30))
-    gap = mixture.means[j] - mixture.means[i]
-    s_i, s_j = mixture.covariance[i], mixture.covariance[j]
-    s = share * s_i + (1 - share) * s_j + share * (1 - share) * _square(gap, mixture)
-    means = mixture.means[i] + (1 - share) * gap
-
-    def log_det(s: Array) -> Array:
-        return jnp.sum(jnp.log(s)) if s.ndim == 1 else jnp.linalg.slogdet(s)[1]
-
-    rise = log_det(s) - share * log_det(s_i) - (1 - share) * log_det(s_j)
-    return Mixture(log_weight, means, s), 0.5 * jnp.exp(log_weight) * rise

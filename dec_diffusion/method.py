@@ -21,14 +21,15 @@ class EStage(NamedTuple):
 
     Attributes:
         collect: ``(params, cluster, batch, key) -> features``, a pytree of arrays [b, ...].
-        update: ``(params, cluster, features, weight, key) -> (params, cluster, info)``; features
-            have the leading axis n, in data order; ``weight`` [n] is 0 on padding; ``info`` is a
-            dictionary of scalars to log. Only a stage that begins a phase may change ``params``.
+        update: ``(params, cluster, features, weight, key, progress) -> (params, cluster, info)``;
+            features have the leading axis n, in data order; ``weight`` [n] is 0 on padding;
+            ``progress`` is as in ``Phase.loss``; ``info`` is a dictionary of scalars to log.
+            Only a stage that begins a phase may change ``params``.
     """
 
     collect: Callable[[Params, Cluster, Batch, PRNGKeyArray], Any]
     update: Callable[
-        [Params, Cluster, Any, Array, PRNGKeyArray], tuple[Params, Cluster, Metrics]
+        [Params, Cluster, Any, Array, PRNGKeyArray, Array], tuple[Params, Cluster, Metrics]
     ]
 
 

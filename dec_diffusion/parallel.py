@@ -47,7 +47,9 @@ def place(raw: np.ndarray, offset: Any, scale: Any, *, sweep_size: int, resident
     on_device = jnp.asarray(raw if resident else raw[:0])
     examples = Examples(on_device, jnp.asarray(offset), jnp.asarray(scale))
     size = min(sweep_size, len(raw))
-    return Data(raw, examples, np.asarray(engine.sweep_order(batch_size=size, num_examples=len(raw))))
+    return Data(
+        raw, examples, np.asarray(engine.sweep_order(batch_size=size, num_examples=len(raw)))
+    )
 
 
 def first_batch(data: Data) -> Batch:
@@ -123,11 +125,10 @@ def _compile_streamed(
         )
     )
 
-    def update(state: TrainState, collected: Collected) -> tuple[TrainState, Metrics]:
-        assert phase.refresh is not None
-        return engine.e_step(phase.refresh, state, collected, keys.e_step)
-
-    e_step = jax.jit(update, donate_argnums=0)
+    e_step = jax.jit(
+        lambda state, collected: engine.e_step(phase, state, collected, keys.e_step),
+        donate_argnums=0,
+    )
     m_step = jax.jit(
         lambda state, rows: engine.m_step(phase, state, rows, fetch, keys.m_step), donate_argnums=0
     )
@@ -147,18 +148,14 @@ def _compile_streamed(
     return iterate
 
 
-def _compile_collect(
-    stage: EStage, data: Data
-) -> Callable[[Params, Any, PRNGKeyArray], Collected]:
+def _compile_collect(stage: EStage, data: Data) -> Callable[[Params, Any, PRNGKeyArray], Collected]:
     if data.resident:
         resident = jax.jit(
             lambda params, cluster, key, examples, rows: engine.collect(
                 stage, params, cluster, rows, engine.fetch_resident(examples), key
             )
         )
-        return lambda params, cluster, key: resident(
-            params, cluster, key, data.examples, data.rows
-        )
+        return lambda params, cluster, key: resident(params, cluster, key, data.examples, data.rows)
     fetch = _fetch_streamed(data.examples)
     streamed = jax.jit(
         lambda params, cluster, key, rows, first: engine.collect(

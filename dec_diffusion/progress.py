@@ -1,5 +1,6 @@
 """What a run says while it works: one live line on a terminal, plain lines elsewhere."""
 
+import shutil
 import sys
 import time
 from collections.abc import Mapping
@@ -46,11 +47,9 @@ class Progress:
             return
         elapsed = time.monotonic() - self._started
         left = elapsed / max(1, step - self._first) * (self._total - step)
-        figures = "  ".join(f"{name} {record[name]:.4g}" for name in _SHOWN if name in record)
-        line = (
-            f"{100 * step // self._total:3d}%  {where}  {figures}  {rate:,.0f} examples/s  "
-            f"{clock(left)} left"
-        )
+        figures = [f"{name} {record[name]:.4g}" for name in _SHOWN if name in record]
+        parts = [f"{100 * step // self._total:3d}%", where, *figures]
+        line = "  ".join([*parts, f"{rate:,.0f} examples/s", f"{clock(left)} left"])
         if self._live:
             self._write(line, stays=step == self._total)
         elif step == self._total or time.monotonic() - self._last_line > _SECONDS_BETWEEN_LINES:
@@ -58,12 +57,16 @@ class Progress:
             self._write(line, stays=True)
 
     def _write(self, text: str, *, stays: bool) -> None:
-        if self._live:
-            padded = text.ljust(self._width)
-            self._stream.write(f"\r{padded}" + ("\n" if stays else ""))
-            self._width = 0 if stays else len(text)
-        else:
+        if not self._live:
             self._stream.write(text + "\n")
+        elif stays:
+            self._stream.write(f"\r{text.ljust(self._width)}\n")
+            self._width = 0
+        else:
+            # A line that wraps could not be written over.
+            text = text[: shutil.get_terminal_size().columns - 1]
+            self._stream.write(f"\r{text.ljust(self._width)}")
+            self._width = len(text)
         self._stream.flush()
 
 

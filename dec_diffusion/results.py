@@ -1,6 +1,7 @@
 """What a finished run leaves in its workdir: assignments, summary, pictures, samples."""
 
 import importlib.metadata
+import json
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -13,11 +14,12 @@ import numpy as np
 from dec_diffusion import evaluate, metrics, report
 from dec_diffusion.data import Dataset
 from dec_diffusion.evaluate import Assignment
-from dec_diffusion.workdir import Workdir
+from dec_diffusion.workdir import ASSIGNMENTS, Workdir
 
 if TYPE_CHECKING:
     from dec_diffusion.train import Run
 
+SUMMARY = "summary.json"
 SAMPLES_PER_CLUSTER = 12
 _PACKAGES = ("dec_diffusion", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "scikit-learn")
 
@@ -49,7 +51,7 @@ def write(
         },
         "clusters": {
             "asked": num_clusters,
-            "found": int(len(np.unique(assignment.labels))),
+            "found": len(np.unique(assignment.labels)),
             "report": metrics.cluster_report(
                 assignment.labels, assignment.probability, truth, num_clusters=num_clusters
             ),
@@ -67,8 +69,19 @@ def write(
     }
     _pictures(run, dataset, assignment, place, records)
     summary["seconds_this_command"] = time.monotonic() - started
-    place.write_json("summary.json", summary)
+    place.write_json(SUMMARY, summary)
     return summary
+
+
+def read(place: Workdir) -> dict[str, Any] | None:
+    """The summary of a workdir; None where the results are not complete."""
+    # The summary is written last.
+    if not (place.path / ASSIGNMENTS).exists():
+        return None
+    try:
+        return json.loads((place.path / SUMMARY).read_bytes())
+    except (OSError, ValueError):
+        return None
 
 
 def write_assignments(dataset: Dataset, assignment: Assignment, place: Workdir) -> None:
@@ -121,7 +134,8 @@ def describe(summary: Mapping[str, Any], folder: Path) -> str:
     clusters = summary["clusters"]
     lines.append(f"{clusters['found']} of {clusters['asked']} clusters have members")
     lines.append(f"results: {folder}")
-    lines.append("  assignments.csv  summary.json  clusters.png  generated.png  latents.png  curves.png")
+    pictures = sorted(p.name for p in folder.glob("*.png"))
+    lines.append("  " + "  ".join([ASSIGNMENTS, SUMMARY, *pictures]))
     return "\n".join(lines)
 
 

@@ -8,6 +8,7 @@ import os
 import time
 import warnings
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -24,7 +25,7 @@ from dec_diffusion.progress import Progress
 from dec_diffusion.types import InputError, PRNGKeyArray
 
 
-class NonFiniteLossError(RuntimeError):
+class NonFiniteLossError(FloatingPointError):
     """Training produced NaN or infinity; the message says where, and what to do."""
 
 
@@ -66,6 +67,8 @@ class Result(NamedTuple):
 def fit(config: Config, path: str | os.PathLike[str], *, verbose: int = 1) -> Result:
     """Train, or go on training, and leave everything a run leaves in its workdir.
 
+    A run that is complete is left as it is.
+
     Args:
         config: the run.
         path: its workdir; one that already holds this run is resumed.
@@ -85,13 +88,17 @@ def fit(config: Config, path: str | os.PathLike[str], *, verbose: int = 1) -> Re
     place = workdir.open_workdir(path, configs.to_dict(config), ignore=configs.RESUMABLE)
     data = prepare(dataset, config)
     with place.checkpoints(keep=config.train.keep_checkpoints) as checkpoints:
-        state, step = _run(config, method, dataset, data, place, checkpoints, verbose=verbose)
+        state, step, trained = _run(
+            config, method, dataset, data, place, checkpoints, verbose=verbose
+        )
     offset, scale = np.asarray(dataset.offset), np.asarray(dataset.scale)
     run = Run(config, spec, method, state, offset, scale, step)
     assignment = evaluate.compile_assign(method, data, _key(config))(state)
-    if verbose:
-        print("comparing with baselines, drawing samples and pictures ...", flush=True)
-    summary = results.write(run, dataset, assignment, place, started=started)
+    summary = None if trained else results.read(place)
+    if summary is None:
+        if verbose:
+            print("comparing with baselines, drawing samples and pictures ...", flush=True)
+        summary = results.write(run, dataset, assignment, place, started=started)
     if verbose:
         print(results.describe(summary, place.path), flush=True)
     return Result(run, dataset, assignment, summary)
@@ -104,7 +111,7 @@ def load(path: str | os.PathLike[str]) -> Run:
         InputError: there is no run in ``path``, or no checkpoint, or none is intact.
     """
     config = configs.from_dict(workdir.read_config(path))
-    folder = workdir.Workdir.at(path).path / workdir.CHECKPOINTS
+    folder = Path(path).expanduser().absolute() / workdir.CHECKPOINTS
     built: dict[str, Any] = {}
 
     def template(meta: dict[str, Any]) -> Any:
@@ -158,11 +165,16 @@ def _run(
     checkpoints: workdir.Checkpoints,
     *,
     verbose: int,
-) -> tuple[TrainState, int]:
-    """Run all phases, from wherever the last checkpoint left off."""
+) -> tuple[TrainState, int, bool]:
+    """Run all phases, from wherever the last checkpoint left off.
+
+    Returns:
+        The state, its step, and whether there was anything left to do.
+    """
     key, batch_size = _key(config), config.train.batch_size
     state, step, after = _start(method, key, parallel.first_batch(data), checkpoints)
     place.truncate_metrics(step)
+    resumed_at = step
     total = sum(phase.iterations * phase.steps for phase in method.phases.values())
     progress = Progress(total, step, silent=not verbose)
     progress.note(_opening(config, dataset, data, place, step, total))
@@ -180,7 +192,7 @@ def _run(
             start = time.monotonic()
             state, metrics = iterate(state)
             seconds = time.monotonic() - start
-            _check_finite(metrics, name, step, checkpoints)
+            _check_finite(metrics, state, name, step, checkpoints)
             step += phase.steps
             last = iteration == phase.iterations
             if phase.assigns and (last or iteration % config.train.evaluate_every == 0):
@@ -197,7 +209,7 @@ def _run(
                 at = {"phase": name, "iteration": iteration}
                 checkpoints.save(step, state, at | shape | scaling)
             progress.update(step, f"{name} {iteration}/{phase.iterations}", record, rate)
-    return state, step
+    return state, step, step > resumed_at
 
 
 def _start(
@@ -230,19 +242,31 @@ def _remaining(
 
 
 def _check_finite(
-    metrics: dict[str, np.ndarray], phase: str, step: int, checkpoints: workdir.Checkpoints
+    metrics: dict[str, np.ndarray],
+    state: TrainState,
+    phase: str,
+    step: int,
+    checkpoints: workdir.Checkpoints,
 ) -> None:
     finite = np.isfinite(metrics["loss"]) & np.isfinite(metrics["grad_norm"])
     if finite.all():
-        return
+        # The last step may have broken the weights after its loss was computed.
+        if _all_finite((state.params, state.ema_params)):
+            return
+        finite[-1] = False
     checkpoints.wait()
     good = checkpoints.steps()
     last = f"the last good checkpoint is step {good[-1]}" if good else "there is no checkpoint yet"
     raise NonFiniteLossError(
-        f"loss or gradient is not finite at step {step + int(np.argmin(finite)) + 1} (phase "
-        f"{phase}); {last}; lower --config.method.learning_rate or --config.method.clip, or look "
-        "for extreme values in the data, and train in a new --workdir"
+        f"loss, gradient or weights are not finite at step {step + int(np.argmin(finite)) + 1} "
+        f"(phase {phase}); {last}; lower --config.method.learning_rate or --config.method.clip, "
+        "or look for extreme values in the data, and train in a new --workdir"
     )
+
+
+@jax.jit
+def _all_finite(tree: Any) -> jax.Array:
+    return jax.numpy.stack([jax.numpy.isfinite(x).all() for x in jax.tree.leaves(tree)]).all()
 
 
 def _warn_of_empty(scores: dict[str, float], num_clusters: int, step: int) -> None:
@@ -268,6 +292,8 @@ def _opening(
     shape = "x".join(map(str, dataset.example_shape))
     where = "on the device" if data.resident else "streamed from the host"
     start = f"resuming at step {step:,} of {total:,}" if step else f"{total:,} steps"
+    if step == total:
+        start = f"complete, all {total:,} steps are done"
     return (
         f"{config.name}: {dataset.num_examples:,} examples of {shape} ({dataset.name}, {where}), "
         f"{config.method.num_clusters} clusters, {len(jax.devices())} {device.platform} device(s)\n"

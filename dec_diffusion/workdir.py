@@ -398,7 +398,8 @@ class Checkpoints:
 
         Args:
             template: A pytree of arrays or ``jax.ShapeDtypeStruct`` with the structure of the saved
-                state. A leaf with a sharding (the live state, say) is restored onto it, on any
+                state, or a function from the meta saved with it to such a tree. A leaf with a
+                sharding (the live state, say) is restored onto it, on any
                 number of devices; one without (numpy, or from ``jax.eval_shape``) comes back as a
                 numpy array.
 
@@ -425,7 +426,8 @@ class Checkpoints:
                     _first_line(error),
                 )
                 continue
-            state = _fill(template, arrays, self._folder / str(step))
+            wanted = template(meta) if callable(template) else template
+            state = _fill(wanted, arrays, self._folder / str(step))
             self._set_aside(damaged)
             return Restored(step, state, meta)
         if damaged:

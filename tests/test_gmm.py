@@ -390,37 +390,18 @@ def test_dead_components_are_reseeded(covariance):
     np.testing.assert_allclose(healthy.log_weights, revived.log_weights, atol=1e-6)
 
 
-def grid_start(x, covariance="diag"):
-    """Four true clusters on a line; the start has two components on one and one on two."""
-    means = jnp.asarray([[-0.3, 0.0], [0.3, 0.0], [10.0, 0.0], [25.0, 0.0]], "float32")
-    spread = jnp.ones((4, 2)).at[3, 0].set(30.0)
-    if covariance == "full":
-        spread = spread[:, :, None] * jnp.eye(2)
-    return gmm.Mixture(jnp.log(jnp.full(4, 0.25)), means, spread)
-
-
-@pytest.mark.parametrize("covariance", ["diag", "full"])
-def test_split_merge_leaves_a_local_optimum(covariance):
+@pytest.mark.parametrize(("balance", "shares"), [(0.0, (0.8, 0.2)), (1.0, (0.5, 0.5))])
+def test_balance_decides_how_the_data_are_shared(balance, shares):
     rng = np.random.default_rng(0)
-    truth = rng.integers(4, size=400)
-    x = np.stack([10.0 * truth, np.zeros(400)], axis=1) + rng.normal(size=(400, 2))
-    data = jnp.asarray(x, "float32")
-    stuck = gmm.fit(grid_start(data, covariance), data, iterations=50, tol=0.0)
-    assert adjusted_rand_score(truth, gmm.predict(stuck.mixture, data)) < 0.8
-    before = gmm.split_merge._cache_size()
-    moved = gmm.split_merge(stuck.mixture, data)
-    assert bool(moved.accepted)
-    np.testing.assert_array_equal(moved.move, [0, 1, 3])
-    assert adjusted_rand_score(truth, gmm.predict(moved.mixture, data)) > 0.99
-    assert float(moved.log_likelihood) > float(stuck.log_likelihood[-1]) + 0.2
-    np.testing.assert_allclose(
-        moved.log_likelihood, gmm.log_likelihood(moved.mixture, data), rtol=1e-5
+    x = np.concatenate([rng.normal(size=(800, 1)), 4 + rng.normal(size=(200, 1))])
+    start = gmm.Mixture(
+        jnp.log(jnp.full(2, 0.5)), jnp.asarray([[0.0], [4.0]]), jnp.full((2, 1), 1.0)
     )
-    # From the global optimum no move improves, and what comes back is the mixture.
-    again = gmm.split_merge(moved.mixture, data)
-    assert not bool(again.accepted)
-    np.testing.assert_allclose(again.mixture.means, moved.mixture.means, atol=1e-2)
-    assert gmm.split_merge._cache_size() == before + 1
+    data = jnp.asarray(x, "float32")
+    fitted = gmm.fit(start, data, iterations=200, tol=0.0, balance=balance).mixture
+    log_resp, _ = gmm.log_responsibilities(fitted, data)
+    np.testing.assert_allclose(jnp.exp(log_resp).mean(0), shares, atol=0.02)
+    np.testing.assert_allclose(jnp.exp(fitted.log_weights).sum(), 1.0, rtol=1e-5)
 
 
 @pytest.mark.parametrize("covariance", ["diag", "full"])
@@ -497,17 +478,14 @@ def test_rows_spread_over_devices():
         mesh = jax.make_mesh((4,), ("i",), axis_types=(AxisType.Auto,))
         def em(x, axis_name=None):
             return gmm.fit(start, x, iterations=10, axis_name=axis_name).mixture
-        def move(x, axis_name=None):
-            return gmm.split_merge(start, x, candidates=2, axis_name=axis_name).mixture
         def centroids(x, axis_name=None):
             return kmeans.lloyd(x, centers, axis_name=axis_name).centers
-        for f in (em, move, centroids):
+        for f in (em, centroids):
             one, inside = f(x), partial(f, axis_name="i")
             shard = partial(jax.shard_map, inside, mesh=mesh, in_specs=P("i"), out_specs=P())
             others = [jax.jit(shard(check_vma=False))(x)]
-            if f is not move:
-                mapped = jax.pmap(inside, axis_name="i")(x.reshape(4, 100, 3))
-                others += [jax.tree.map(lambda leaf: leaf[0], mapped)]
+            mapped = jax.pmap(inside, axis_name="i")(x.reshape(4, 100, 3))
+            others += [jax.tree.map(lambda leaf: leaf[0], mapped)]
             for other in others:
                 jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-4), one, other)
         print("agree on", jax.device_count())
@@ -530,5 +508,3 @@ def test_bad_input():
         gmm.init(jax.random.key(0), x, 11)
     with pytest.raises(InputError, match="'tied' is unknown"):
         gmm.init(jax.random.key(0), x, 2, covariance="tied")
-    with pytest.raises(InputError, match="at least 3"):
-        gmm.split_merge(random_mixture(k=2, d=2, dtype="float32"), x)

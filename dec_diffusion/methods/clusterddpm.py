@@ -1,145 +1,437 @@
-"""ClusterDDPM (arXiv 2312.08029): EM with a conditional diffusion model. PROTOTYPE."""
+"""ClusterDDPM: EM clustering with a conditional diffusion model (arXiv 2312.08029).
+
+Model      c ~ Cat(pi),  z | c ~ N(mu_c, diag s_c^2),  x | z ~ conditional diffusion model
+Encoder    q(z|x) = N(m(x), diag v(x))
+
+(1) E-step   the mixture (pi, mu, s^2) maximises  mean_i log sum_c exp(E_q log pi_c N_c(z))
+             over the whole data set, warm-started; see ``gmm``.
+(2) M-step   encoder and denoiser minimise  E |target - prediction(x_t, z, t)|^2 + w KL,
+             the squared error summed over dimensions, with one z ~ q(z|x) per example.
+(3) KL       of q(z|x) to the mixture: its tightest bound -log sum_c pi_c exp(-KL_c) in closed
+             form, whose gradient is that of sum_c g_c KL_c + KL(g | pi) at the best fixed g.
+(4) paper    the official code instead evaluates sum_c g_c KL_c + KL(g | pi) with g at one more
+             sample of z, and lets the gradient flow through g.
+(5) weight   w = kl_weight / sum_t w_t, w_t the weights of the diffusion bound: at kl_weight 1
+             the loss is proportional to the negative ELBO with its weights averaged.
+(6) sample   c, then z ~ N(mu_c, temperature^2 s_c^2), then x by guided DDIM.
+
+Sources: the abstract (EM, conditional DDPM, KL to the mixture), the official code (main.py of
+Jarvisyan/ClusterDDPM-pytorch at 2d4c950) for everything else about the method; deviations and
+what each does are listed in docs/clusterddpm.md.
+"""
 
 import dataclasses
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 import optax
 
 from dec_diffusion import gmm, sampling, schedule, views
+from dec_diffusion.gmm import Mixture
 from dec_diffusion.method import DataSpec, EStage, Method, Phase
-from dec_diffusion.networks.encoder import Encoder
-from dec_diffusion.networks.layers import as_network
-from dec_diffusion.networks.mlp import MLPDenoiser, MLPEncoder
-from dec_diffusion.networks.unet import UNet
-from dec_diffusion.types import Array, Batch
+from dec_diffusion.networks import Network, clusterddpm_networks
+from dec_diffusion.schedule import Prediction, Schedule
+from dec_diffusion.types import Array, Batch, Float, InputError, Metrics, Params, PRNGKeyArray
 
 
 @dataclasses.dataclass
 class ClusterDDPM:
+    """Settings of ClusterDDPM.
+
+    Attributes:
+        num_clusters: K.
+        latent: dimensions of z.
+        network: ``unet`` (conditioned at every level) or ``official`` (the paper's code); vectors
+            always take a multilayer perceptron.
+        width: channels of the networks' first level (hidden units for vectors).
+        multipliers: channels of each level of the denoiser in units of ``width``.
+        encoder_multipliers: the same for the encoder.
+        attention: levels of the denoiser that attend.
+        dtype: of activations, ``float32`` or ``bfloat16``.
+        noise_schedule: ``linear`` (betas 1e-4 to 0.02) or ``cosine``, for sampling and for the
+            part of training that draws noise levels from it.
+        num_steps: T of that schedule.
+        zero_terminal: rescale the schedule so that its last step carries no signal.
+        prediction: what the denoiser is asked for, ``v``, ``eps`` or ``x0``.
+        uniform_noise: share of examples whose noise level is uniform over the schedule's steps;
+            the others draw a normal log-SNR, concentrated where z can help.
+        log_snr_mean: of that normal.
+        log_snr_std: of that normal.
+        drop_latent: probability that the denoiser does not see z (for guidance).
+        pretrain_kl: weight of KL(q | N(0, I)) in pretraining.
+        kl_weight: of equation (5), in units of the schedule's own weight.
+        kl_warmup: part of the EM phase over which the weight rises from 0.
+        responsibilities: ``closed_form``, equation (3), or ``sampled``, equation (4).
+        sampled_latents: fit the mixture to one sample of z per example, as the official code
+            does, instead of to the posteriors.
+        rotate, shift, scale, shear, noise: bounds of the random view that the encoder sees,
+            see ``views.affine`` and ``views.noise``; all 0 switches views off.
+        flip: whether views may be mirrored.
+        target_view: denoise a second view instead of the example itself.
+        pretrain_iterations: of the first phase.
+        em_iterations: of the second phase.
+        steps: gradient steps per iteration; 0 is one pass over the data.
+        learning_rate: of Adam, after a warm-up over the first 2% of a phase.
+        decay: cosine decay of the learning rate to 5% over a phase.
+        clip: global norm at which gradients are clipped.
+        ema: decay of the averaged weights.
+        mixture_iterations: EM iterations of the mixture per E-step.
+        mixture_restarts: starts of the first mixture, of which the likeliest is kept.
+        variance_floor: lowest variance of a component, in units of the pooled variance.
+        weight_prior: Dirichlet parameter of the mixture's weights; 1 is none.
+        balance: strength, from 0 to 1, with which components are made to share the data equally
+            in the first part of the EM phase; set it to 0 if group sizes differ several-fold.
+        balance_until: part of the EM phase at which that ends.
+        sample_steps: denoiser calls per generated example.
+        sample_guidance: guidance weight.
+        sample_temperature: of the draw of z.
+    """
+
     num_clusters: int = 10
     latent: int = 10
+    network: Literal["unet", "official"] = "unet"
     width: int = 16
     multipliers: tuple[int, ...] = (1, 2)
-    encoder_width: int = 16
     encoder_multipliers: tuple[int, ...] = (1, 2, 4)
-    hidden: int = 128
+    attention: tuple[int, ...] = ()
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    noise_schedule: Literal["linear", "cosine"] = "cosine"
+    num_steps: int = 1000
+    zero_terminal: bool = True
+    prediction: Literal["v", "eps", "x0"] = "v"
+    uniform_noise: float = 0.1
     log_snr_mean: float = -1.5
     log_snr_std: float = 1.0
     drop_latent: float = 0.1
+    pretrain_kl: float = 0.01
     kl_weight: float = 0.3
     kl_warmup: float = 0.1
-    pretrain_kl: float = 0.01
+    responsibilities: Literal["closed_form", "sampled"] = "closed_form"
+    sampled_latents: bool = False
     rotate: float = 10.0
     shift: float = 0.08
     scale: float = 0.1
     shear: float = 0.1
     noise: float = 0.0
-    decode_view: bool = False
-    consistency: float = 0.0
+    flip: bool = False
+    target_view: bool = False
     pretrain_iterations: int = 20
-    em_iterations: int = 40
+    em_iterations: int = 30
     steps: int = 50
     learning_rate: float = 1e-3
-    em_learning_rate: float = 1e-3
+    decay: bool = True
+    clip: float = 1000.0
     ema: float = 0.99
-    gmm_iterations: int = 20
-    prior: float = 1.0
-    floor: float = 1e-2
-    split_merge: bool = False
+    mixture_iterations: int = 20
+    mixture_restarts: int = 20
+    variance_floor: float = 1e-2
+    weight_prior: float = 1.0
+    balance: float = 1.0
+    balance_until: float = 0.4
+    sample_steps: int = 50
+    sample_guidance: float = 0.0
+    sample_temperature: float = 0.8
 
     def build(self, spec: DataSpec) -> Method:
-        enc = as_network(Encoder(self.latent, self.encoder_width, self.encoder_multipliers, hidden=self.hidden))
-        den = as_network(UNet(self.width, self.multipliers))
-        k = self.num_clusters
+        """Make the method for data of this shape.
 
-        def init(key, batch):
-            a, b = jax.random.split(key)
-            x = batch["image"]
-            z = jnp.zeros((x.shape[0], self.latent))
-            params = {"encoder": enc.init(a, x), "denoiser": den.init(b, x, jnp.zeros(x.shape[0]), z, jnp.ones(x.shape[0]))}
-            mix = gmm.Mixture(jnp.full((k,), -jnp.log(k)), jnp.zeros((k, self.latent)), jnp.ones((k, self.latent)))
-            return params, mix
+        Raises:
+            InputError: a setting is out of range; names it and the remedy.
+        """
+        _check(self)
+        encoder, denoiser = clusterddpm_networks(
+            self.network,
+            spec.shape,
+            latent=self.latent,
+            width=self.width,
+            multipliers=self.multipliers,
+            encoder_multipliers=self.encoder_multipliers,
+            attention=self.attention,
+            dtype=self.dtype,
+        )
+        return _method(self, encoder, denoiser, _schedule(self), spec)
 
-        def view(x, key):
-            a, b = jax.random.split(key)
-            x = views.affine(x, a, rotate=self.rotate, shift=self.shift, scale=self.scale, shear=self.shear)
-            return views.noise(x, b, std=self.noise) if self.noise else x
 
-        def encode(params, x):
-            m, lv = enc.apply(params["encoder"], x)
-            return m, jnp.exp(lv)
+def _schedule(s: ClusterDDPM) -> Schedule:
+    make = {"linear": schedule.linear, "cosine": schedule.cosine}[s.noise_schedule]
+    # Index 0 is the cleanest step; the official schedule has one more beta than steps drawn.
+    grid = make(s.num_steps + 1)
+    return schedule.zero_terminal_snr(grid) if s.zero_terminal else grid
 
-        def denoising(params, x, z, key):
-            a, b, c = jax.random.split(key, 3)
-            n = x.shape[0]
-            u = (jnp.arange(n) + jax.random.uniform(a, (n,))) / n
-            log_snr = self.log_snr_mean + self.log_snr_std * jax.scipy.stats.norm.ppf(jnp.clip(u, 1e-4, 1 - 1e-4))
-            eps = jax.random.normal(b, x.shape)
-            keep = jax.random.bernoulli(c, 1 - self.drop_latent, (n,)).astype(jnp.float32)
-            x_t = schedule.add_noise(x, eps, log_snr)
-            v = schedule.target(x, eps, log_snr, prediction="v")
-            out = den.apply(params["denoiser"], x_t, log_snr, z, keep)
-            return jnp.sum((v - out) ** 2, axis=tuple(range(1, x.ndim))).mean()
 
-        def terms(params, x, key):
-            ks = jax.random.split(key, 5)
-            m, v = encode(params, view(x, ks[0]))
-            z = m + jnp.sqrt(v) * jax.random.normal(ks[1], m.shape)
-            target = view(x, ks[2]) if self.decode_view else x
-            return m, v, denoising(params, target, z, ks[3]), ks[4]
+def view(x: Array, key: PRNGKeyArray, s: ClusterDDPM) -> Array:
+    """A random view of each example, as the settings say; vectors only get noise."""
+    affine_key, flip_key, noise_key = jax.random.split(key, 3)
+    if x.ndim == 4:
+        if any((s.rotate, s.shift, s.scale, s.shear)):
+            x = views.affine(
+                x, affine_key, rotate=s.rotate, shift=s.shift, scale=s.scale, shear=s.shear
+            )
+        if s.flip:
+            x = views.flip(x, flip_key)
+    return views.noise(x, noise_key, std=s.noise) if s.noise else x
 
-        def pre_loss(params, cluster, batch, key, progress):
-            m, v, rec, _ = terms(params, batch["image"], key)
-            kl = 0.5 * jnp.sum(m**2 + v - 1 - jnp.log(v), -1).mean()
-            return rec + self.pretrain_kl * kl, (cluster, {"denoise": rec, "kl": kl})
 
-        def em_loss(params, cluster, batch, key, progress):
-            m, v, rec, k2 = terms(params, batch["image"], key)
-            kl = gmm.mixture_kl_bound(cluster, m, v).mean()
-            w = self.kl_weight * jnp.minimum(1.0, progress / self.kl_warmup)
-            loss = rec + w * kl
-            out = {"denoise": rec, "kl": kl}
-            if self.consistency:
-                m2, v2 = encode(params, view(batch["image"], k2))
-                g1, _ = gmm.log_responsibilities(cluster, m, v)
-                g2, _ = gmm.log_responsibilities(cluster, m2, v2)
-                c = -0.5 * (jax.lax.stop_gradient(jnp.exp(g1)) * g2 + jax.lax.stop_gradient(jnp.exp(g2)) * g1).sum(-1).mean()
-                loss = loss + w * self.consistency * c
-                out["consistency"] = c
-            return loss, (cluster, out)
+def sampled_kl(
+    mixture: Mixture, mean: Float[Array, "b d"], variance: Float[Array, "b d"], z: Array
+) -> Float[Array, " b"]:
+    """Equation (4): sum_c g_c KL_c + KL(g | pi) with g = p(c | z), in nats.
 
-        def collect(params, cluster, batch, key):
-            return encode(params, batch["image"])
+    The official code adds 1e-10 to every density before normalising, which turns a point on its
+    own mean into a uniform assignment at 32 dimensions, and exponentiates without a shift, which
+    overflows; log-space responsibilities here are the documented repair of both.
+    """
+    log_g, _ = gmm.log_responsibilities(mixture, z)
+    g = jnp.exp(log_g)
+    kl = gmm.kl_to_components(mixture, mean, variance)
+    return jnp.sum(g * (kl + log_g - mixture.log_weights), axis=-1)
 
-        def fit(params, cluster, features, weight, key):
-            m, v = features
-            res = gmm.fit(cluster, m, v, weight=weight, iterations=self.gmm_iterations, variance_floor=self.floor, weight_prior=self.prior)
-            return params, res.mixture, info(res.mixture, m, v, weight)
 
-        def info(mix, m, v, weight):
-            return {"min_weight": jnp.exp(mix.log_weights.min())}
+def kl_scale(s: ClusterDDPM, grid: Schedule) -> float:
+    """The KL weight at which the loss is the negative ELBO with averaged weights, equation (5).
 
-        def first(params, cluster, features, weight, key):
-            m, v = features
-            mix = gmm.init(key, m, k, variance=v, weight=weight, restarts=20).mixture
-            return fit(params, mix, features, weight, key)
+    For uniform steps that is ``schedule.kl_weight``. For a normal log-SNR l the bound is
+    1/2 int alpha^2(l) |v error|^2 dl (and 1/2 int |eps error|^2 dl), taken over the two standard
+    deviations on either side of the mean in which the loss is trained.
+    """
+    if s.uniform_noise == 1.0:
+        return float(schedule.kl_weight(grid, prediction=s.prediction, first=1))
+    reach = 2 * s.log_snr_std
+    log_snr = jnp.linspace(s.log_snr_mean - reach, s.log_snr_mean + reach, 257)
+    density = 0.5 * schedule.error_ratio(log_snr, of="eps", to=s.prediction)
+    return float(1.0 / jnp.trapezoid(density, log_snr))
 
-        def tx(lr, n):
-            s = optax.warmup_cosine_decay_schedule(0.0, lr, max(1, n // 50), n, lr * 0.05)
-            return optax.chain(optax.clip_by_global_norm(1000.0), optax.adam(s, b2=0.99))
 
-        e = EStage(collect, fit)
-        phases = {
-            "pretrain": Phase(pre_loss, tx(self.learning_rate, self.pretrain_iterations * self.steps), self.pretrain_iterations, self.steps, ema=self.ema),
-            "em": Phase(em_loss, tx(self.em_learning_rate, self.em_iterations * self.steps), self.em_iterations, self.steps, EStage(collect, first), e, ema=self.ema),
+def _method(
+    s: ClusterDDPM, encoder: Network, denoiser: Network, grid: Schedule, spec: DataSpec
+) -> Method:
+    """The functions of the method; equation numbers as at the top of the file."""
+    prediction: Prediction = s.prediction
+    em_weight = s.kl_weight * kl_scale(s, grid)
+    steps = s.steps or max(1, spec.num_examples // 128)
+
+    def level(log_snr: Array) -> Array:
+        # The official network takes t / T, the others the log-SNR itself.
+        if s.network == "unet" or not spec.is_image:
+            return log_snr
+        position = jnp.linspace(0.0, 1.0, grid.log_snr.shape[0])
+        return jnp.interp(-log_snr, -grid.log_snr, position)
+
+    def init(key: PRNGKeyArray, batch: Batch) -> tuple[Params, Mixture]:
+        encoder_key, denoiser_key = jax.random.split(key)
+        x = batch["image"]
+        z, ones = jnp.zeros((x.shape[0], s.latent)), jnp.ones(x.shape[0])
+        params = {
+            "encoder": encoder.init(encoder_key, x),
+            "denoiser": denoiser.init(denoiser_key, x, ones, z, ones),
         }
+        k, d = s.num_clusters, s.latent
+        return params, Mixture(jnp.full(k, -jnp.log(k)), jnp.zeros((k, d)), jnp.ones((k, d)))
 
-        def predict(params, cluster, batch, key):
-            m, v = encode(params, batch["image"])
-            return gmm.log_responsibilities(cluster, m, v)[0]
+    def encode(params: Params, x: Array) -> tuple[Array, Array]:
+        mean, log_variance = encoder.apply(params["encoder"], x)
+        return mean, jnp.exp(log_variance)
 
-        def embed(params, cluster, batch, key):
-            return encode(params, batch["image"])[0]
+    def draw_noise_levels(key: PRNGKeyArray, n: int) -> Array:
+        uniform_key, normal_key, choice_key = jax.random.split(key, 3)
+        index = schedule.sample_steps(uniform_key, n, grid, first=1)
+        normal = schedule.sample_log_snr(normal_key, n, mean=s.log_snr_mean, std=s.log_snr_std)
+        uniform = jax.random.bernoulli(choice_key, s.uniform_noise, (n,))
+        return jnp.where(uniform, grid.log_snr[index], normal)
 
-        return Method(init, phases, predict, embed)
+    def denoising_error(params: Params, x: Array, z: Array, key: PRNGKeyArray) -> Array:
+        level_key, noise_key, drop_key = jax.random.split(key, 3)
+        log_snr = draw_noise_levels(level_key, x.shape[0])
+        eps = jax.random.normal(noise_key, x.shape)
+        keep = jax.random.bernoulli(drop_key, 1.0 - s.drop_latent, x.shape[:1])
+        x_t = schedule.add_noise(x, eps, log_snr)
+        target = schedule.target(x, eps, log_snr, prediction=prediction)
+        out = denoiser.apply(params["denoiser"], x_t, level(log_snr), z, keep.astype(jnp.float32))
+        return jnp.sum(jnp.square(target - out), axis=tuple(range(1, x.ndim)))
+
+    def terms(params: Params, batch: Batch, key: PRNGKeyArray) -> tuple[Array, Array, Array]:
+        """Posterior mean and variance, and the error of the denoiser, all per example."""
+        view_key, z_key, target_key, noise_key = jax.random.split(key, 4)
+        x = batch["image"]
+        mean, variance = encode(params, view(x, view_key, s))
+        z = mean + jnp.sqrt(variance) * jax.random.normal(z_key, mean.shape)
+        target = view(x, target_key, s) if s.target_view else x
+        return mean, variance, denoising_error(params, target, z, noise_key)
+
+    def pretrain_loss(
+        params: Params, cluster: Mixture, batch: Batch, key: PRNGKeyArray, progress: Array
+    ) -> tuple[Array, tuple[Mixture, Metrics]]:
+        mean, variance, error = terms(params, batch, key)
+        kl = 0.5 * jnp.sum(mean**2 + variance - 1.0 - jnp.log(variance), axis=-1).mean()
+        loss = error.mean() + s.pretrain_kl * kl
+        return loss, (cluster, {"denoising": error.mean(), "kl": kl})
+
+    def em_loss(
+        params: Params, cluster: Mixture, batch: Batch, key: PRNGKeyArray, progress: Array
+    ) -> tuple[Array, tuple[Mixture, Metrics]]:
+        loss_key, z_key = jax.random.split(key)
+        mean, variance, error = terms(params, batch, loss_key)
+        if s.responsibilities == "closed_form":
+            kl = gmm.mixture_kl_bound(cluster, mean, variance).mean()
+        else:
+            z = mean + jnp.sqrt(variance) * jax.random.normal(z_key, mean.shape)
+            kl = sampled_kl(cluster, mean, variance, z).mean()
+        weight = em_weight * jnp.minimum(1.0, progress / s.kl_warmup if s.kl_warmup else 1.0)
+        loss = error.mean() + weight * kl
+        return loss, (cluster, {"denoising": error.mean(), "kl": kl, "kl_weight": weight})
+
+    def collect(params: Params, cluster: Mixture, batch: Batch, key: PRNGKeyArray) -> Any:
+        mean, variance = encode(params, batch["image"])
+        if s.sampled_latents:
+            z = mean + jnp.sqrt(variance) * jax.random.normal(key, mean.shape)
+            return z, jnp.zeros_like(variance)
+        return mean, variance
+
+    guards = {"variance_floor": s.variance_floor, "weight_prior": s.weight_prior}
+
+    def e_step(
+        params: Params,
+        cluster: Mixture,
+        features: Any,
+        weight: Array,
+        key: PRNGKeyArray,
+        progress: Array,
+    ) -> tuple[Params, Mixture, Metrics]:
+        mean, variance = features
+        balance = s.balance * (progress < s.balance_until)
+        mixture = gmm.fit(
+            cluster,
+            mean,
+            variance,
+            weight=weight,
+            iterations=s.mixture_iterations,
+            tol=0.0,
+            balance=balance,
+            **guards,
+        ).mixture
+        revived, dead = gmm.reseed_dead(mixture)
+        # While balanced no component can die, and its weight is a multiplier, not a share.
+        mixture = jax.tree.map(lambda a, b: jnp.where(balance > 0, a, b), mixture, revived)
+        log_resp, log_likelihood = gmm.log_responsibilities(mixture, mean, variance)
+        share = jnp.exp(log_resp).T @ weight / weight.sum()
+        info = {
+            "mixture_log_likelihood": log_likelihood @ weight / weight.sum(),
+            "smallest_weight": share.min(),
+            "largest_weight": share.max(),
+            "revived": jnp.where(balance > 0, 0, dead.sum()),
+        }
+        return params, mixture, info
+
+    def first_mixture(
+        params: Params,
+        cluster: Mixture,
+        features: Any,
+        weight: Array,
+        key: PRNGKeyArray,
+        progress: Array,
+    ) -> tuple[Params, Mixture, Metrics]:
+        mean, variance = features
+        start = gmm.init(
+            key,
+            mean,
+            s.num_clusters,
+            variance=variance,
+            weight=weight,
+            restarts=s.mixture_restarts,
+            **guards,
+        )
+        return e_step(params, start.mixture, features, weight, key, progress)
+
+    def predict(params: Params, cluster: Mixture, batch: Batch, key: PRNGKeyArray) -> Array:
+        mean, variance = encode(params, batch["image"])
+        return gmm.log_responsibilities(cluster, mean, variance)[0]
+
+    def embed(params: Params, cluster: Mixture, batch: Batch, key: PRNGKeyArray) -> Array:
+        return encode(params, batch["image"])[0]
+
+    def sample(params: Params, cluster: Mixture, key: PRNGKeyArray, component: Array) -> Array:
+        """Equation (6): one example in network scale for each component given [b]."""
+        z_key, x_key = jax.random.split(key)
+        n = component.shape[0]
+        z, _ = gmm.sample(cluster, z_key, n, component=component, temperature=s.sample_temperature)
+
+        def estimate(keep: float) -> sampling.Denoise:
+            def denoise(x_t: Array, log_snr: Array) -> Array:
+                out = denoiser.apply(params["denoiser"], x_t, level(log_snr), z, jnp.full(n, keep))
+                return schedule.to_x0(out, x_t, log_snr, prediction=prediction)
+
+            return denoise
+
+        denoise = sampling.guide(estimate(1.0), estimate(0.0), s.sample_guidance)
+        levels = sampling.subsample(grid, s.sample_steps, first=1)
+        clip = 1.0 if spec.is_image else None
+        return sampling.ddim(denoise, levels, x_key, (n, *spec.shape), clip=clip)
+
+    phases = {
+        "pretrain": Phase(
+            pretrain_loss,
+            _optimiser(s, s.pretrain_iterations * steps),
+            s.pretrain_iterations,
+            steps,
+            ema=s.ema,
+            assigns=False,
+        ),
+        "em": Phase(
+            em_loss,
+            _optimiser(s, s.em_iterations * steps),
+            s.em_iterations,
+            steps,
+            begin=EStage(collect, first_mixture),
+            refresh=EStage(collect, e_step),
+            ema=s.ema,
+        ),
+    }
+    return Method(init, phases, predict, embed, sample)
+
+
+def _optimiser(s: ClusterDDPM, steps: int) -> optax.GradientTransformation:
+    rate = (
+        optax.warmup_cosine_decay_schedule(
+            0.0, s.learning_rate, max(1, steps // 50), max(2, steps), s.learning_rate * 0.05
+        )
+        if s.decay
+        else s.learning_rate
+    )
+    return optax.chain(optax.clip_by_global_norm(s.clip), optax.adam(rate, b2=0.99))
+
+
+def _check(s: ClusterDDPM) -> None:
+    choices = {
+        "network": ("unet", "official"),
+        "dtype": ("float32", "bfloat16"),
+        "noise_schedule": ("linear", "cosine"),
+        "prediction": ("v", "eps", "x0"),
+        "responsibilities": ("closed_form", "sampled"),
+    }
+    for name, known in choices.items():
+        if getattr(s, name) not in known:
+            raise InputError(
+                f"--config.method.{name}={getattr(s, name)}: choose one of {', '.join(known)}"
+            )
+    at_least_one = (
+        "latent width num_steps pretrain_iterations em_iterations mixture_iterations"
+        " mixture_restarts sample_steps"
+    ).split()
+    positive = "log_snr_std learning_rate clip".split()
+    not_negative = "pretrain_kl kl_weight rotate shift scale shear noise steps".split()
+    not_negative += ["variance_floor", "sample_temperature", "sample_guidance"]
+    shares = "uniform_noise drop_latent kl_warmup ema balance balance_until".split()
+    rules = [
+        (at_least_one, lambda v: v >= 1, "must be at least 1"),
+        (positive, lambda v: v > 0, "must be greater than 0"),
+        (not_negative, lambda v: v >= 0, "must not be negative"),
+        (shares, lambda v: 0 <= v <= 1, "must lie between 0 and 1"),
+        (["weight_prior"], lambda v: v >= 1, "must be at least 1"),
+        (["multipliers", "encoder_multipliers"], lambda v: v and min(v) >= 1, "needs a level"),
+        (["sample_steps"], lambda v: v <= s.num_steps, "must not exceed num_steps"),
+    ]
+    for names, holds, rule in rules:
+        for name in names:
+            if not holds(getattr(s, name)):
+                raise InputError(f"--config.method.{name}={getattr(s, name)}: {rule}")

@@ -1,5 +1,4 @@
-"""Building blocks shared by the networks, and the one place where the form of a convolution
-is chosen.
+"""Building blocks of the networks, and the one place that chooses the form of a convolution.
 
 XLA:CPU has a fast convolution kernel, but brings the two backward convolutions into the form it
 needs only outside loops; inside a ``scan`` they run about 50 times slower. So on CPU the
@@ -67,11 +66,16 @@ def conv2d(
         form: ``lax`` leaves everything to XLA; ``canonical`` (stride 1 only) is the same with
             gradients that XLA:CPU runs fast in loops; ``im2col`` is shifted slices and one
             matrix product. All agree to rounding. The default is ``conv_form(stride)``.
+
+    Raises:
+        ValueError: ``canonical`` with a stride other than 1.
     """
     form = form or conv_form(stride)
     if kernel.shape[0] == 1 and stride == 1:
         return x @ kernel[0, 0]
     if form == "canonical":
+        if stride != 1:
+            raise ValueError(f"the canonical form is for stride 1, not {stride}")
         return _canonical_conv(x, kernel)
     if form == "im2col":
         return _im2col_conv(x, kernel, stride)
