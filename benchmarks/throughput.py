@@ -214,11 +214,12 @@ def _ratios(runs: dict[str, list[dict[str, float]]]) -> dict[str, dict[str, floa
         ("ours_scan", "torch_compile"),
         ("ours_scan", "ours_loop"),
     ]
-    return {
-        f"{a}/{b}": _spread([y["seconds"] / x["seconds"] for x, y in zip(runs[a], runs[b])][1:])
-        for a, b in pairs
-        if a in runs and b in runs
-    }
+    ratios = {}
+    for a, b in pairs:
+        if a in runs and b in runs:
+            both = list(zip(runs[a], runs[b], strict=True))[1:]
+            ratios[f"{a}/{b}"] = _spread([y["seconds"] / x["seconds"] for x, y in both])
+    return ratios
 
 
 def _spread(values: list[float]) -> dict[str, float]:
@@ -474,7 +475,7 @@ class JaxWorker:
         _, (mean, log_variance) = records["encoder"]
         (_, level, z, keep), prediction = records["denoiser"]
         eps, log_snr = records["noise"]
-        arrays = {
+        arrays: dict[str, Any] = {
             "x": batch["image"],
             "mean": mean,
             "log_variance": log_variance,
@@ -492,7 +493,7 @@ class JaxWorker:
             **_flatten("params", self.state.params),
             **_flatten("grads", grads),
         }
-        np.savez(path, **{name: np.asarray(value) for name, value in arrays.items()})
+        np.savez(path, **arrays)
 
     def _batch(self, n: int) -> Any:
         import jax.numpy as jnp
@@ -722,7 +723,9 @@ class TorchWorker:
                 self.optimizer.step()
                 decay = min(0.99, (1 + self.step) / (10 + self.step))
                 with torch.no_grad():
-                    torch._foreach_lerp_(self.averages, self.leaves, 1 - decay)
+                    torch._foreach_lerp_(  # pyright: ignore[reportPrivateImportUsage]
+                        self.averages, self.leaves, 1 - decay
+                    )
                 self.step += 1
             if self.device.type == "cuda":
                 torch.cuda.synchronize()

@@ -39,8 +39,7 @@ def write(
     write_assignments(dataset, assignment, place)
     truth, num_clusters = dataset.labels, run.config.method.num_clusters
     records = place.read_metrics()
-    busy = sum(r["seconds"] for r in records)
-    seen = sum(r["seconds"] * r["examples_per_second"] for r in records)
+    rates = [r["examples_per_second"] for r in records]
     summary = {
         "name": run.config.name,
         "data": {
@@ -60,8 +59,9 @@ def write(
         "baselines": evaluate.compare(dataset, assignment, num_clusters, seed=run.config.seed),
         "training": {
             "steps": run.step,
-            "seconds": busy,
-            "examples_per_second": seen / busy if busy else None,
+            "seconds": sum(r["seconds"] for r in records),
+            # The median: the first iteration of a phase also compiles.
+            "examples_per_second": float(np.median(rates)) if rates else None,
             "parameters": sum(x.size for x in jax.tree.leaves(run.state.ema_params)),
         },
         "device": {"kind": jax.devices()[0].device_kind, "count": len(jax.devices())},
@@ -166,7 +166,8 @@ def _pictures(
     report.latent_map(
         folder / "latents.png", assignment.embedding, assignment.labels, labels_true=dataset.labels
     )
-    report.curves(folder / "curves.png", records)
+    if records:
+        report.curves(folder / "curves.png", records)
     if dataset.labels is not None:
         table, classes, clusters = metrics.contingency(dataset.labels, assignment.labels)
         report.confusion(folder / "confusion.png", table, classes, clusters)

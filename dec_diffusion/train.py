@@ -194,12 +194,13 @@ def _run(
             seconds = time.monotonic() - start
             _check_finite(metrics, state, name, step, checkpoints)
             step += phase.steps
-            last = iteration == phase.iterations
+            last, fresh = iteration == phase.iterations, {}
             if phase.assigns and (last or iteration % config.train.evaluate_every == 0):
-                scores = evaluate.score(assign(state), config.method.num_clusters, dataset.labels)
-                _warn_of_empty(scores, config.method.num_clusters, step)
+                fresh = evaluate.score(assign(state), config.method.num_clusters, dataset.labels)
+                _warn_of_empty(fresh, config.method.num_clusters, step)
+                scores = fresh
             rate = phase.steps * batch_size / seconds
-            record = {k: float(np.mean(v)) for k, v in metrics.items()} | scores
+            record = {k: float(np.mean(v)) for k, v in metrics.items()} | fresh
             place.append_metrics(
                 {"step": step, "phase": name, "iteration": iteration}
                 | record
@@ -208,7 +209,8 @@ def _run(
             if last or iteration % config.train.checkpoint_every == 0:
                 at = {"phase": name, "iteration": iteration}
                 checkpoints.save(step, state, at | shape | scaling)
-            progress.update(step, f"{name} {iteration}/{phase.iterations}", record, rate)
+            where = f"{name} {iteration}/{phase.iterations}"
+            progress.update(step, where, record | scores, rate)
     return state, step, step > resumed_at
 
 

@@ -49,6 +49,7 @@ class ClusterDDPM:
         encoder_multipliers: the same for the encoder.
         attention: levels of the denoiser that attend.
         dtype: of activations, ``float32`` or ``bfloat16``.
+        unit_range: give the networks images in [0, 1], as the official code does, not [-1, 1].
         noise_schedule: ``linear`` (betas 1e-4 to 0.02) or ``cosine``, for sampling and for the
             part of training that draws noise levels from it.
         num_steps: T of that schedule.
@@ -96,6 +97,7 @@ class ClusterDDPM:
     encoder_multipliers: tuple[int, ...] = (1, 2, 4)
     attention: tuple[int, ...] = ()
     dtype: Literal["float32", "bfloat16"] = "float32"
+    unit_range: bool = False
     noise_schedule: Literal["linear", "cosine"] = "cosine"
     num_steps: int = 1000
     zero_terminal: bool = True
@@ -105,7 +107,7 @@ class ClusterDDPM:
     log_snr_std: float = 1.0
     drop_latent: float = 0.1
     pretrain_kl: float = 0.01
-    kl_weight: float = 0.3
+    kl_weight: float = 0.5
     kl_warmup: float = 0.1
     responsibilities: Literal["closed_form", "sampled"] = "closed_form"
     sampled_latents: bool = False
@@ -218,6 +220,9 @@ def _method(
         position = jnp.linspace(0.0, 1.0, grid.log_snr.shape[0])
         return jnp.interp(-log_snr, -grid.log_snr, position)
 
+    def ranged(batch: Batch) -> Array:
+        return 0.5 * (batch["image"] + 1.0) if s.unit_range else batch["image"]
+
     def init(key: PRNGKeyArray, batch: Batch) -> tuple[Params, Mixture]:
         encoder_key, denoiser_key = jax.random.split(key)
         x = batch["image"]
@@ -253,7 +258,7 @@ def _method(
     def terms(params: Params, batch: Batch, key: PRNGKeyArray) -> tuple[Array, Array, Array]:
         """Posterior mean and variance, and the error of the denoiser, all per example."""
         view_key, z_key, target_key, noise_key = jax.random.split(key, 4)
-        x = batch["image"]
+        x = ranged(batch)
         mean, variance = encode(params, view(x, view_key, s))
         z = mean + jnp.sqrt(variance) * jax.random.normal(z_key, mean.shape)
         target = view(x, target_key, s) if s.target_view else x
@@ -282,7 +287,7 @@ def _method(
         return loss, (cluster, {"denoising": error.mean(), "kl": kl, "kl_weight": weight})
 
     def collect(params: Params, cluster: Mixture, batch: Batch, key: PRNGKeyArray) -> Any:
-        mean, variance = encode(params, batch["image"])
+        mean, variance = encode(params, ranged(batch))
         if s.sampled_latents:
             z = mean + jnp.sqrt(variance) * jax.random.normal(key, mean.shape)
             return z, jnp.zeros_like(variance)
@@ -306,7 +311,8 @@ def _method(
             variance,
             weight=weight,
             iterations=s.mixture_iterations,
-            tol=0.0,
+            # Balancing moves the weights while the likelihood hardly changes.
+            tol=jnp.where(balance > 0, 0.0, 1e-3),
             balance=balance,
             **guards,
         ).mixture
@@ -344,11 +350,11 @@ def _method(
         return e_step(params, start.mixture, features, weight, key, progress)
 
     def predict(params: Params, cluster: Mixture, batch: Batch, key: PRNGKeyArray) -> Array:
-        mean, variance = encode(params, batch["image"])
+        mean, variance = encode(params, ranged(batch))
         return gmm.log_responsibilities(cluster, mean, variance)[0]
 
     def embed(params: Params, cluster: Mixture, batch: Batch, key: PRNGKeyArray) -> Array:
-        return encode(params, batch["image"])[0]
+        return encode(params, ranged(batch))[0]
 
     def sample(params: Params, cluster: Mixture, key: PRNGKeyArray, component: Array) -> Array:
         """Equation (6): one example in network scale for each component given [b]."""
@@ -365,8 +371,10 @@ def _method(
 
         denoise = sampling.guide(estimate(1.0), estimate(0.0), s.sample_guidance)
         levels = sampling.subsample(grid, s.sample_steps, first=1)
+        # The bounds of [-1, 1] also bound [0, 1] well enough for the sampler to stay on the data.
         clip = 1.0 if spec.is_image else None
-        return sampling.ddim(denoise, levels, x_key, (n, *spec.shape), clip=clip)
+        x = sampling.ddim(denoise, levels, x_key, (n, *spec.shape), clip=clip)
+        return 2.0 * x - 1.0 if s.unit_range else x
 
     phases = {
         "pretrain": Phase(

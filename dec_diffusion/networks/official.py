@@ -24,8 +24,8 @@ class _Block(nn.Module):
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
-        first = nn.gelu(Norm(dtype=self.dtype)(Conv(self.features, dtype=self.dtype)(x)))
-        second = nn.gelu(Norm(dtype=self.dtype)(Conv(self.features, dtype=self.dtype)(first)))
+        first = _gelu(Norm(dtype=self.dtype)(Conv(self.features, dtype=self.dtype)(x)))
+        second = _gelu(Norm(dtype=self.dtype)(Conv(self.features, dtype=self.dtype)(first)))
         if not self.residual:
             return second
         skip = x if x.shape[-1] == self.features else first
@@ -37,7 +37,7 @@ class _Embedding(nn.Module):
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
-        x = nn.Dense(self.features)(nn.gelu(nn.Dense(self.features)(x)))
+        x = nn.Dense(self.features)(_gelu(nn.Dense(self.features)(x)))
         return x[:, None, None]
 
 
@@ -74,7 +74,7 @@ class OfficialUNet(nn.Module):
         t = level[:, None]
         x, down1, down2 = _Trunk(f, dtype)(x_t)
         size = down2.shape[1]
-        hidden = nn.gelu(average_pool(down2, size))
+        hidden = _gelu(average_pool(down2, size))
         up0 = BlockUpsample(2 * f, size, dtype)(hidden)
         up0 = nn.relu(Norm(dtype=dtype)(up0))
         up1 = _Embedding(2 * f)(z).astype(dtype) * up0 + _Embedding(2 * f)(t).astype(dtype)
@@ -102,14 +102,20 @@ class OfficialEncoder(nn.Module):
     @nn.compact
     def __call__(self, x: Array) -> tuple[Array, Array]:
         _, _, down2 = _Trunk(self.features, self.dtype)(_pad_to_square(x))
-        hidden = nn.gelu(average_pool(down2, down2.shape[1])).reshape(x.shape[0], -1)
+        hidden = _gelu(average_pool(down2, down2.shape[1])).reshape(x.shape[0], -1)
         hidden = hidden.astype(jnp.float32)
         return nn.Dense(self.latent)(hidden), nn.Dense(self.latent)(hidden)
 
 
+def _gelu(x: Array) -> Array:
+    return nn.gelu(x, approximate=False)
+
+
 def _max_pool(x: Array) -> Array:
-    b, h, w, c = x.shape
-    return x.reshape(b, h // 2, 2, w // 2, 2, c).max((2, 4))
+    # Comparisons, because the gradient of a reduction by maximum divides by the number of ties,
+    # which a compiler that recomputes the maximum with other rounding can make zero.
+    x = jnp.where(x[:, ::2] >= x[:, 1::2], x[:, ::2], x[:, 1::2])
+    return jnp.where(x[:, :, ::2] >= x[:, :, 1::2], x[:, :, ::2], x[:, :, 1::2])
 
 
 def _pad_to_square(x: Array) -> Array:

@@ -1,0 +1,322 @@
+"""The method's own mathematics; the mixture's is in test_gmm, the schedule's in test_schedule.
+
+T numbers: T1 sampled and closed forms of the KL, T2 its Monte Carlo meaning, T3 the Q-bound of a
+linear-Gaussian decoder, T5b information and denoising error, T8 the weight of the KL.
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from scipy.special import logsumexp
+from scipy.stats import multivariate_normal
+
+from dec_diffusion import engine, gmm
+from dec_diffusion.method import DataSpec
+from dec_diffusion.methods import clusterddpm
+from dec_diffusion.methods.clusterddpm import ClusterDDPM
+from dec_diffusion.types import InputError
+
+TINY = {
+    "num_clusters": 3,
+    "latent": 3,
+    "width": 4,
+    "multipliers": (1,),
+    "encoder_multipliers": (1,),
+    "steps": 3,
+    "pretrain_iterations": 1,
+    "em_iterations": 2,
+    "sample_steps": 4,
+}
+
+
+def problem(k=5, d=6, n=7, seed=0):
+    rng = np.random.default_rng(seed)
+    mixture = gmm.Mixture(
+        jnp.asarray(np.log(rng.dirichlet(np.ones(k)))),
+        jnp.asarray(rng.normal(size=(k, d))),
+        jnp.asarray(rng.uniform(0.3, 1.5, (k, d))),
+    )
+    return mixture, jnp.asarray(rng.normal(size=(n, d))), jnp.asarray(rng.uniform(0.1, 1, (n, d)))
+
+
+def test_sampled_kl_is_the_official_expression_where_its_floor_does_not_act():
+    """T1: sum_c g_c KL_c + KL(g | pi) equals the three terms of the official loss."""
+    with jax.enable_x64(True):
+        mixture, mean, variance = problem()
+        z = mean + 0.1
+        ours = clusterddpm.sampled_kl(mixture, mean, variance, z)
+        m, v, z = (np.asarray(a) for a in (mean, variance, z))
+        pi, mu, s2 = (np.asarray(a) for a in (jnp.exp(mixture.log_weights), *_rest(mixture)))
+        density = np.stack([multivariate_normal(mu[c], np.diag(s2[c])).pdf(z) for c in range(5)], 1)
+        g = pi * density
+        g = g / g.sum(1, keepdims=True)
+        quadratic = np.log(s2) + v[:, None] / s2 + (m[:, None] - mu) ** 2 / s2
+        official = (
+            0.5 * (g * quadratic.sum(-1)).sum(1)
+            - (g * np.log(pi / g)).sum(1)
+            - 0.5 * (1 + np.log(v)).sum(1)
+        )
+    np.testing.assert_allclose(ours, official, rtol=1e-10)
+
+
+def _rest(mixture):
+    return mixture.means, mixture.covariance
+
+
+def test_sampled_kl_means_what_its_monte_carlo_does():
+    """T2: it is E over z ~ q, c ~ g of log q(z) g_c / (pi_c N_c(z))."""
+    with jax.enable_x64(True):
+        mixture, mean, variance = problem(n=1)
+        anchor = mean + 0.2
+        expected = float(clusterddpm.sampled_kl(mixture, mean, variance, anchor)[0])
+        log_g = np.asarray(gmm.log_responsibilities(mixture, anchor)[0][0])
+        rng = np.random.default_rng(1)
+        n = 400_000
+        z = np.asarray(mean) + np.sqrt(np.asarray(variance)) * rng.normal(size=(n, 6))
+        joint = np.asarray(gmm.log_joint(mixture, jnp.asarray(z)))
+        log_q = multivariate_normal(np.asarray(mean)[0], np.diag(np.asarray(variance)[0])).logpdf(z)
+        c = rng.choice(5, n, p=np.exp(log_g))
+        terms = log_q + log_g[c] - joint[np.arange(n), c]
+    assert abs(terms.mean() - expected) < 5 * terms.std() / np.sqrt(n)
+
+
+def test_closed_form_kl_is_never_above_the_sampled_one_and_has_its_gradient_at_the_best_g():
+    with jax.enable_x64(True):
+        mixture, mean, variance = problem()
+        closed = gmm.mixture_kl_bound(mixture, mean, variance)
+        for seed in range(5):
+            z = mean + jnp.sqrt(variance) * jax.random.normal(jax.random.key(seed), mean.shape)
+            assert (closed <= clusterddpm.sampled_kl(mixture, mean, variance, z) + 1e-9).all()
+        log_g, _ = gmm.log_responsibilities(mixture, mean, variance)
+
+        def fixed(mean):
+            kl = gmm.kl_to_components(mixture, mean, variance)
+            return jnp.sum(jnp.exp(log_g) * (kl + log_g - mixture.log_weights))
+
+        gradient = jax.grad(lambda m: gmm.mixture_kl_bound(mixture, m, variance).sum())(mean)
+        np.testing.assert_allclose(gradient, jax.grad(fixed)(mean), rtol=1e-9)
+
+
+def test_lower_bound_of_q_for_a_linear_gaussian_decoder():
+    """T3 and T3b: the gaps of Q and of log p(x) are the divergences the theory names."""
+    rng = np.random.default_rng(2)
+    with jax.enable_x64(True):
+        mixture, mean, variance = problem(n=1)
+        kl = np.asarray(gmm.kl_to_components(mixture, mean, variance))[0]
+    pi = np.exp(np.asarray(mixture.log_weights))
+    mu, s2 = np.asarray(mixture.means), np.asarray(mixture.covariance)
+    m, v = np.asarray(mean)[0], np.asarray(variance)[0]
+    w, b, noise = rng.normal(size=(9, 6)), rng.normal(size=9), 0.7
+    x = rng.normal(size=9)
+    g = rng.dirichlet(np.ones(5))
+
+    log_x_c = np.array(
+        [
+            multivariate_normal(w @ mu[c] + b, w @ np.diag(s2[c]) @ w.T + noise * np.eye(9)).logpdf(
+                x
+            )
+            for c in range(5)
+        ]
+    )
+    residual = x - w @ m - b
+    expected_log_x = (
+        -0.5 * 9 * np.log(2 * np.pi * noise)
+        - 0.5 * (residual @ residual + np.trace(w @ np.diag(v) @ w.T)) / noise
+    )
+    lower = expected_log_x - g @ kl + g @ np.log(pi)
+
+    def posterior_kl(c):
+        precision = np.diag(1 / s2[c]) + w.T @ w / noise
+        cov = np.linalg.inv(precision)
+        centre = cov @ (mu[c] / s2[c] + w.T @ (x - b) / noise)
+        delta = centre - m
+        return 0.5 * (
+            np.trace(precision @ np.diag(v))
+            + delta @ precision @ delta
+            - 6
+            + np.linalg.slogdet(cov)[1]
+            - np.log(v).sum()
+        )
+
+    gap = g @ np.array([posterior_kl(c) for c in range(5)])
+    assert gap > 0
+    np.testing.assert_allclose(g @ (np.log(pi) + log_x_c) - lower, gap, rtol=1e-9)
+    log_x = logsumexp(np.log(pi) + log_x_c)
+    responsibilities = np.exp(np.log(pi) + log_x_c - log_x)
+    entropy = -(g * np.log(g)).sum()
+    np.testing.assert_allclose(
+        log_x - (lower + entropy), gap + (g * np.log(g / responsibilities)).sum(), rtol=1e-9
+    )
+
+
+def test_denoising_can_only_improve_by_information_in_z():
+    """T5b: half the integral over SNR of the gain in MMSE is the mutual information of x0 and z."""
+    total, noise = 1.7, 0.6  # x0 = z + e, variances of z and e
+    snr = np.geomspace(1e-6, 1e6, 200_001)
+    without = (total + noise) / (1 + snr * (total + noise))
+    with_z = noise / (1 + snr * noise)
+    information = 0.5 * np.trapezoid(without - with_z, snr)
+    np.testing.assert_allclose(information, 0.5 * np.log((total + noise) / noise), rtol=1e-4)
+
+
+def test_kl_scale():
+    """T8: for the official schedule the ELBO's weight is 1 / 6.196, and the code's 0.1 is 0.62."""
+    paper = ClusterDDPM(
+        noise_schedule="linear",
+        num_steps=400,
+        zero_terminal=False,
+        prediction="eps",
+        uniform_noise=1.0,
+    )
+    scale = clusterddpm.kl_scale(paper, clusterddpm._schedule(paper))
+    np.testing.assert_allclose(scale, 1 / 6.196, rtol=1e-3)
+    normal = ClusterDDPM(log_snr_mean=-1.5, log_snr_std=1.0)
+    scale = clusterddpm.kl_scale(normal, clusterddpm._schedule(normal))
+    # 1/2 the integral of sigmoid from -3.5 to 0.5, in closed form.
+    exact = 0.5 * (np.log1p(np.exp(0.5)) - np.log1p(np.exp(-3.5)))
+    np.testing.assert_allclose(scale, 1 / exact, rtol=1e-4)
+
+
+def examples(n=40, shape=(8, 8, 1), seed=0):
+    raw = np.random.default_rng(seed).integers(0, 256, (n, *shape)).astype(np.uint8)
+    return engine.Examples(jnp.asarray(raw), jnp.float32(127.5), jnp.float32(127.5))
+
+
+VARIANTS = {
+    "default": ((8, 8, 1), {}),
+    "colour, odd size, attention": ((7, 5, 3), {"multipliers": (1, 2), "attention": (1,)}),
+    "bfloat16": ((8, 8, 1), {"dtype": "bfloat16"}),
+    "no views": ((8, 8, 1), {"rotate": 0.0, "shift": 0.0, "scale": 0.0, "shear": 0.0}),
+    "second view as target, flips": ((8, 8, 1), {"target_view": True, "flip": True}),
+    "vectors": ((6,), {"noise": 0.1}),
+    "as the official code": (
+        (8, 8, 1),
+        {
+            "network": "official",
+            "unit_range": True,
+            "noise_schedule": "linear",
+            "zero_terminal": False,
+            "prediction": "eps",
+            "uniform_noise": 1.0,
+            "responsibilities": "sampled",
+            "sampled_latents": True,
+            "kl_warmup": 0.0,
+            "balance": 0.0,
+            "ema": 0.0,
+            "decay": False,
+        },
+    ),
+}
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_every_variant_trains_predicts_and_samples(name):
+    shape, settings = VARIANTS[name]
+    data = examples(shape=shape)
+    method = ClusterDDPM(**{**TINY, **settings}).build(DataSpec(shape, 40))
+    key = jax.random.key(0)
+    fetch = engine.fetch_resident(data)
+    rows = engine.sweep_order(batch_size=20, num_examples=40)
+    state = engine.init_state(method, key, fetch(rows[0]))
+    phase = method.phases["em"]
+    assert phase.begin is not None
+
+    @jax.jit
+    def train(state):
+        collected = engine.collect(phase.begin, state.ema_params, state.cluster, rows, fetch, key)
+        state, _ = engine.begin_phase(phase, state, collected, key)
+        return engine.em_iteration(phase, state, data, key, batch_size=8, sweep_size=20)
+
+    after, metrics = train(state)
+    assert np.isfinite(metrics["loss"]).all()
+    for part in ("encoder", "denoiser"):
+        same = jax.tree.map(
+            lambda a, b: bool(jnp.all(a == b)), state.params[part], after.params[part]
+        )
+        assert not all(jax.tree.leaves(same)), part
+
+    @jax.jit
+    def use(state, key):
+        batch = fetch(rows[0])
+        return (
+            method.predict(state.ema_params, state.cluster, batch, key),
+            method.embed(state.ema_params, state.cluster, batch, key),
+        )
+
+    log_resp, z = use(after, key)
+    assert log_resp.shape == (20, 3) and z.shape == (20, 3)
+    np.testing.assert_allclose(jnp.exp(log_resp).sum(1), 1.0, rtol=1e-5)
+    np.testing.assert_array_equal(log_resp, use(after, jax.random.key(9))[0])
+    sample = method.sample
+    assert sample is not None
+    draw = jax.jit(lambda s: sample(s.ema_params, s.cluster, key, jnp.asarray([0, 2, 1, 1])))
+    x = draw(after)
+    assert x.shape == (4, *shape) and x.dtype == jnp.float32
+    assert np.isfinite(x).all()
+    if len(shape) == 3:
+        assert float(jnp.abs(x).max()) <= (3.0 if settings.get("unit_range") else 1.0)
+
+
+def test_pretraining_loss_is_the_weighted_sum_of_its_parts():
+    method = ClusterDDPM(**TINY, pretrain_kl=0.25).build(DataSpec((8, 8, 1), 40))
+    batch = engine.fetch_resident(examples())(jnp.arange(16))
+    key = jax.random.key(0)
+    params, cluster = jax.jit(method.init)(key, batch)
+    loss = jax.jit(method.phases["pretrain"].loss)
+    value, (same, metrics) = loss(params, cluster, batch, key, jnp.float32(0))
+    np.testing.assert_allclose(value, metrics["denoising"] + 0.25 * metrics["kl"], rtol=1e-6)
+    jax.tree.map(np.testing.assert_array_equal, same, cluster)
+
+
+def test_kl_weight_rises_from_zero():
+    method = ClusterDDPM(**TINY, kl_weight=0.5, kl_warmup=0.2).build(DataSpec((8, 8, 1), 40))
+    settings = ClusterDDPM(kl_weight=0.5)
+    full = 0.5 * clusterddpm.kl_scale(settings, clusterddpm._schedule(settings))
+    batch = engine.fetch_resident(examples())(jnp.arange(16))
+    key = jax.random.key(0)
+    params, cluster = jax.jit(method.init)(key, batch)
+    loss = jax.jit(method.phases["em"].loss)
+    for progress, share in ((0.0, 0.0), (0.1, 0.5), (0.2, 1.0), (0.9, 1.0)):
+        value, (_, m) = loss(params, cluster, batch, key, jnp.float32(progress))
+        np.testing.assert_allclose(m["kl_weight"], share * full, rtol=1e-5)
+        np.testing.assert_allclose(value, m["denoising"] + share * full * m["kl"], rtol=1e-5)
+
+
+def test_mixture_is_fitted_to_everything_and_padding_has_no_effect():
+    method = ClusterDDPM(**TINY).build(DataSpec((8, 8, 1), 40))
+    stage = method.phases["em"].refresh
+    assert stage is not None
+    key = jax.random.key(1)
+    rng = np.random.default_rng(0)
+    mean = jnp.asarray(rng.normal(size=(40, 3)), jnp.float32)
+    variance = jnp.full((40, 3), 0.1)
+    start = gmm.Mixture(jnp.log(jnp.full(3, 1 / 3)), mean[:3], jnp.ones((3, 3)))
+    padded = jnp.concatenate([mean, 1e3 * jnp.ones((9, 3))]), jnp.ones((49, 3))
+    weight = jnp.concatenate([jnp.ones(40), jnp.zeros(9)])
+    late = jnp.float32(0.9)
+    _, one, info = stage.update({}, start, (mean, variance), jnp.ones(40), key, late)
+    variance_padded = jnp.concatenate([variance, padded[1][40:]])
+    _, two, _ = stage.update({}, start, (padded[0], variance_padded), weight, key, late)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), one, two)
+    assert 0 < info["smallest_weight"] <= info["largest_weight"] < 1
+    _, _, info = stage.update({}, start, (mean, variance), jnp.ones(40), key, jnp.float32(0.0))
+    np.testing.assert_allclose(info["smallest_weight"], info["largest_weight"], atol=0.02)
+
+
+@pytest.mark.parametrize(
+    ("settings", "named"),
+    [
+        ({"network": "resnet"}, "network=resnet"),
+        ({"latent": 0}, "latent=0"),
+        ({"learning_rate": -1.0}, "learning_rate=-1.0"),
+        ({"kl_weight": -0.1}, "kl_weight=-0.1"),
+        ({"drop_latent": 1.5}, "drop_latent=1.5"),
+        ({"weight_prior": 0.5}, "weight_prior=0.5"),
+        ({"sample_steps": 2000}, "sample_steps=2000"),
+        ({"multipliers": ()}, "multipliers"),
+    ],
+)
+def test_bad_settings_are_named(settings, named):
+    with pytest.raises(InputError, match=named):
+        ClusterDDPM(**settings).build(DataSpec((8, 8, 1), 100))
