@@ -3,12 +3,14 @@
 import dataclasses
 import difflib
 import importlib.util
+import os
 import time
 import traceback
 import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import jax
 import numpy as np
 
 from dec_diffusion import config as configs
@@ -32,6 +34,7 @@ def run(options: "Options") -> None:
     """
     started = time.monotonic()
     verbose = 0 if options.quiet else 1
+    _keep_compiled_programs()
     config = load_config(options)
     configs.check(config)
     path = options.workdir or str(Path("runs") / config.name)
@@ -48,6 +51,17 @@ def run(options: "Options") -> None:
         said = _evaluate(trained, place, started)
     if verbose:
         print(said)
+
+
+def _keep_compiled_programs() -> None:
+    """Compile each program once per machine, not once per command, unless JAX was told where.
+
+    Compiling is most of the start of a run on a CPU; a resumed run finds its programs here.
+    """
+    if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+        cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+        jax.config.update("jax_compilation_cache_dir", str(cache / "dec_diffusion" / "jax"))
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
 
 
 def load_config(options: "Options") -> Config:

@@ -88,28 +88,24 @@ def compile_phase(
     Returns:
         ``begin`` and ``iterate``, functions of the state.
     """
+    # Keys are arguments, not constants of the programs, which then serve every seed.
     keys = engine.iteration_keys(key)
     begin_sweep = _compile_collect(phase.begin, data) if phase.begin else None
-    enter = jax.jit(lambda state, collected: engine.begin_phase(phase, state, collected, key))
+    enter = jax.jit(lambda state, collected, k: engine.begin_phase(phase, state, collected, k))
 
     def begin(state: TrainState) -> tuple[TrainState, dict[str, np.ndarray]]:
         collected = begin_sweep and begin_sweep(state.ema_params, state.cluster, keys.collect)
-        return _to_host(enter(state, collected))
+        return _to_host(enter(state, collected, key))
 
-    if data.resident:
-        iteration = jax.jit(
-            lambda state, examples: engine.em_iteration(
-                phase,
-                state,
-                examples,
-                key,
-                batch_size=batch_size,
-                sweep_size=data.rows.shape[1],
-            ),
-            donate_argnums=0,
-        )
-        return begin, lambda state: _to_host(iteration(state, data.examples))
-    return begin, _compile_streamed(phase, data, keys, batch_size=batch_size)
+    if not data.resident:
+        return begin, _compile_streamed(phase, data, keys, batch_size=batch_size)
+    iteration = jax.jit(
+        lambda state, examples, k: engine.em_iteration(
+            phase, state, examples, k, batch_size=batch_size, sweep_size=data.rows.shape[1]
+        ),
+        donate_argnums=0,
+    )
+    return begin, lambda state: _to_host(iteration(state, data.examples, key))
 
 
 def _compile_streamed(
@@ -120,27 +116,25 @@ def _compile_streamed(
     sweep = _compile_collect(phase.refresh, data) if phase.refresh else None
     fetch = _fetch_streamed(data.examples)
     order = jax.jit(
-        lambda step: engine.epoch_order(
-            keys.order, step, steps=phase.steps, batch_size=batch_size, num_examples=num_examples
+        lambda step, k: engine.epoch_order(
+            k, step, steps=phase.steps, batch_size=batch_size, num_examples=num_examples
         )
     )
-
     e_step = jax.jit(
-        lambda state, collected: engine.e_step(phase, state, collected, keys.e_step),
-        donate_argnums=0,
+        lambda state, collected, k: engine.e_step(phase, state, collected, k), donate_argnums=0
     )
     m_step = jax.jit(
-        lambda state, rows: engine.m_step(phase, state, rows, fetch, keys.m_step), donate_argnums=0
+        lambda state, rows, k: engine.m_step(phase, state, rows, fetch, k), donate_argnums=0
     )
 
     def iterate(state: TrainState) -> tuple[TrainState, dict[str, np.ndarray]]:
         info: Metrics = {}
         if sweep is not None:
             collected = sweep(state.ema_params, state.cluster, keys.collect)
-            state, info = e_step(state, collected)
+            state, info = e_step(state, collected, keys.e_step)
         parts = []
-        for rows in _superbatches(data, np.asarray(order(state.step))):
-            state, metrics = m_step(state, rows)
+        for rows in _superbatches(data, np.asarray(order(state.step, keys.order))):
+            state, metrics = m_step(state, rows, keys.m_step)
             parts.append(metrics)
         metrics = jax.tree.map(lambda *a: np.concatenate([np.asarray(x) for x in a]), *parts)
         return _to_host((state, {**info, **metrics}))

@@ -146,7 +146,12 @@ def prepare(dataset: Dataset, config: Config) -> parallel.Data:
 
 
 def assign(run: Run, dataset: Dataset) -> evaluate.Assignment:
-    """Assign the examples of a data set, which must have the run's scaling (``with_scaling``)."""
+    """Assign the examples of a data set, new or not, under the scaling of the training data.
+
+    Raises:
+        InputError: its examples have another shape than those of the run.
+    """
+    dataset = sources.with_scaling(dataset, run.offset, run.scale)
     if dataset.example_shape != run.spec.shape:
         raise InputError(
             f"--config.data: examples of {dataset.name} have shape {dataset.example_shape}, the "
