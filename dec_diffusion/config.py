@@ -34,7 +34,7 @@ class TrainConfig:
         checkpoint_every: iterations between checkpoints; one is always made at the end.
         keep_checkpoints: how many of the newest checkpoints stay on disk.
         resident_gib: data up to this size (in GiB) are kept on the device; larger data are
-            streamed from the host, with the same result.
+            streamed from the host, with the same result to rounding.
     """
 
     batch_size: int = 128

@@ -218,7 +218,7 @@ def train_step(
     decay = jnp.minimum(phase.ema, (1.0 + state.step) / (10.0 + state.step))
     ema_params = optax.incremental_update(params, state.ema_params, 1.0 - decay)
     state = TrainState(state.step + 1, params, ema_params, opt_state, cluster)
-    return state, {"loss": loss, "grad_norm": optax.global_norm(grads), **metrics}
+    return state, {"loss": loss, "grad_norm": optax.tree.norm(grads), **metrics}
 
 
 def m_step(
