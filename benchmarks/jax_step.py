@@ -21,7 +21,7 @@ CHECK_BATCH = 4
 
 
 class Worker:
-    """The M-step of this package, through the functions that training calls."""
+    """What the process of ``jax`` answers to."""
 
     def start(self, settings: dict[str, Any]) -> dict[str, Any]:
         """Build the method, and a state in its EM phase."""
@@ -35,7 +35,7 @@ class Worker:
         state = engine.TrainState(jnp.int32(0), params, params, (), cluster)
         # As a run enters the phase, less the first mixture, which is random here.
         self.state, _ = jax.jit(lambda s: engine.begin_phase(self.phase, s, None, self.key))(state)
-        self.compiled: dict[tuple[str, int], Any] = {}
+        self.compiled: dict[str, Any] = {}
         device = jax.devices()[0]
         versions = {n: importlib.metadata.version(n) for n in ("jax", "jaxlib", "flax", "optax")}
         return {
@@ -47,11 +47,11 @@ class Worker:
         }
 
     def run(self, contender: str, steps: int) -> dict[str, float]:
-        """Take ``steps`` gradient steps."""
-        if (contender, steps) not in self.compiled:
+        """Take ``steps`` gradient steps, as many in every call."""
+        if contender not in self.compiled:
             make = {"ours_scan": self._compile_scan, "ours_loop": self._compile_loop}[contender]
-            self.compiled[contender, steps] = make(steps)
-        take = self.compiled[contender, steps]
+            self.compiled[contender] = make(steps)
+        take = self.compiled[contender]
 
         def work() -> float:
             self.state, loss = take(self.state)
@@ -198,8 +198,6 @@ def _initialise(method: Any, batch: Any, latent: int) -> tuple[Any, Any]:
 
     Drawn by numpy, because compiling the methods' own ``init`` takes longer than all the rest.
     """
-
-
     random = np.random.default_rng(1)
 
     def draw(path: Any, leaf: Any) -> Any:

@@ -15,7 +15,7 @@ import time
 import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -42,15 +42,15 @@ class Settings:
         compile_mode: ``mode`` of ``torch.compile``.
     """
 
-    network: str
+    network: Literal["official", "unet"]
     batch_size: int
     width: int
     latent: int
     image_size: int
     channels: int
     num_examples: int
-    dtype: str
-    device: str
+    dtype: Literal["float32", "bfloat16"]
+    device: Literal["auto", "cpu"]
     compile_mode: str
 
 

@@ -28,7 +28,8 @@ _LARGE = {
     "encoder_multipliers": (1, 2, 4),
     "steps": 0,
     "pretrain_iterations": 20,
-    "em_iterations": 60,
+    "balance_iterations": 15,
+    "em_iterations": 45,
     "rotate": 15.0,
     "shift": 0.07,
 }
@@ -63,7 +64,7 @@ _PAPER = {
     "mixture_iterations": 100,
     "mixture_restarts": 1,
     "variance_floor": 0.0,
-    "balance": 0.0,
+    "balance_iterations": 0,
     "sample_steps": 400,
     "sample_temperature": 1.0,
 }
@@ -81,7 +82,7 @@ _VARIANTS = {
     ),
     "usps": ({"multipliers": (1, 2, 2), "rotate": 8.0}, {"name": "usps"}, {}),
     "images": (_LARGE | {"flip": True}, {"name": "array"}, {}),
-    "vectors": ({"width": 256, "noise": 0.2, "balance": 0.0}, {"name": "array"}, {}),
+    "vectors": ({"width": 256, "noise": 0.2, "balance_iterations": 0}, {"name": "array"}, {}),
     "paper": (_PAPER, {"name": "mnist"}, {"batch_size": 128}),
 }
 VARIANTS = tuple(_VARIANTS)

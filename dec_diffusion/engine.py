@@ -179,24 +179,18 @@ def begin_phase(
     """
     params, cluster, info = state.ema_params, state.cluster, {}
     if phase.begin is not None and collected is not None:
-        start = jnp.float32(0)
-        params, cluster, info = phase.begin.update(params, cluster, *collected, key, start)
+        params, cluster, info = phase.begin.update(params, cluster, *collected, key)
     # Two copies, so that both can be donated.
     ema_params = jax.tree.map(jnp.copy, params)
     return TrainState(jnp.int32(0), params, ema_params, phase.tx.init(params), cluster), info
 
 
 def e_step(
-    phase: Phase, state: TrainState, collected: Collected, key: PRNGKeyArray
+    stage: EStage, state: TrainState, collected: Collected, key: PRNGKeyArray
 ) -> tuple[TrainState, Metrics]:
-    """Recompute what moves in closed form from a sweep of ``phase.refresh``.
-
-    The sweep must have been made with the averaged weights.
-    """
-    assert phase.refresh is not None
+    """Recompute what moves in closed form from one sweep made with the averaged weights."""
     key = jax.random.fold_in(key, state.step)
-    update, progress = phase.refresh.update, _progress(phase, state)
-    _, cluster, info = update(state.ema_params, state.cluster, *collected, key, progress)
+    _, cluster, info = stage.update(state.ema_params, state.cluster, *collected, key)
     return dataclasses.replace(state, cluster=cluster), info
 
 
@@ -204,19 +198,16 @@ def train_step(
     phase: Phase, state: TrainState, batch: Batch, key: PRNGKeyArray
 ) -> tuple[TrainState, Metrics]:
     """One gradient step of the phase's loss, and the moving average of the weights."""
+    progress = state.step / (phase.iterations * phase.steps)
     gradient = jax.value_and_grad(phase.loss, has_aux=True)
     (loss, (cluster, metrics)), grads = gradient(
-        state.params,
-        state.cluster,
-        batch,
-        jax.random.fold_in(key, state.step),
-        _progress(phase, state),
+        state.params, state.cluster, batch, jax.random.fold_in(key, state.step), progress
     )
     updates, opt_state = phase.tx.update(grads, state.opt_state, state.params)
-    params = optax.apply_updates(state.params, updates)
+    params: Any = optax.apply_updates(state.params, updates)
     # Early in a phase the average would be dominated by where it started.
     decay = jnp.minimum(phase.ema, (1.0 + state.step) / (10.0 + state.step))
-    ema_params = optax.incremental_update(params, state.ema_params, 1.0 - decay)
+    ema_params: Any = optax.incremental_update(params, state.ema_params, 1.0 - decay)
     state = TrainState(state.step + 1, params, ema_params, opt_state, cluster)
     return state, {"loss": loss, "grad_norm": optax.tree.norm(grads), **metrics}
 
@@ -267,7 +258,7 @@ def em_iteration(
         collected = collect(
             phase.refresh, state.ema_params, state.cluster, rows, fetch, keys.collect
         )
-        state, info = e_step(phase, state, collected, keys.e_step)
+        state, info = e_step(phase.refresh, state, collected, keys.e_step)
     order = epoch_order(
         keys.order, state.step, steps=phase.steps, batch_size=batch_size, num_examples=num_examples
     )
@@ -287,8 +278,3 @@ class IterationKeys(NamedTuple):
 def iteration_keys(key: PRNGKeyArray) -> IterationKeys:
     """Derive the streams from a phase's key."""
     return IterationKeys(*jax.random.split(key, 4))
-
-
-def _progress(phase: Phase, state: TrainState) -> Array:
-    """From 0 to 1 over the phase."""
-    return state.step / (phase.iterations * phase.steps)

@@ -86,7 +86,8 @@ def parse(argv: list[str]) -> Options:
         if value is not None and (not value or value.startswith("--")):
             raise flags.Error(f"--{name} needs a value, --{name}=...")
     name, colon, variant = (values["config"].value or "").partition(":")
-    mode, workdir, wants_help = (values[n].value for n in ("mode", "workdir", "help"))
+    given: dict[str, Any] = {option: values[option].value for option in _OPTIONS}
+    mode, workdir, wants_help = given["mode"], given["workdir"], given["help"]
     if not name and not wants_help and (mode == "train" or workdir is None):
         raise flags.Error(
             f"--config is missing: give a config file, or one of {', '.join(shipped())}"
@@ -99,7 +100,7 @@ def parse(argv: list[str]) -> Options:
         variant if colon else None,
         overrides,
         workdir,
-        values["quiet"].value,
+        given["quiet"],
         wants_help,
     )
 

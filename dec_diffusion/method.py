@@ -16,21 +16,22 @@ Cluster = Any
 """What moves in closed form: any pytree of arrays, ``()`` if nothing does."""
 
 
+Update = Callable[[Params, Cluster, Any, Array, PRNGKeyArray], tuple[Params, Cluster, Metrics]]
+"""The closed-form part of an E-step; see ``EStage``."""
+
+
 class EStage(NamedTuple):
     """A closed-form update from one sweep over the data.
 
     Attributes:
         collect: ``(params, cluster, batch, key) -> features``, a pytree of arrays [b, ...].
-        update: ``(params, cluster, features, weight, key, progress) -> (params, cluster, info)``;
-            features have the leading axis n, in data order; ``weight`` [n] is 0 on padding;
-            ``progress`` is as in ``Phase.loss``; ``info`` is a dictionary of scalars to log.
-            Only a stage that begins a phase may change ``params``.
+        update: ``(params, cluster, features, weight, key) -> (params, cluster, info)``; features
+            have the leading axis n, in data order; ``weight`` [n] is 0 on padding; ``info`` is a
+            dictionary of scalars to log. Only a stage that begins a phase may change ``params``.
     """
 
     collect: Callable[[Params, Cluster, Batch, PRNGKeyArray], Any]
-    update: Callable[
-        [Params, Cluster, Any, Array, PRNGKeyArray, Array], tuple[Params, Cluster, Metrics]
-    ]
+    update: Update
 
 
 class Phase(NamedTuple):

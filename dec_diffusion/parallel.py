@@ -5,6 +5,7 @@ whole EM iteration is one compiled call; larger data are streamed from the host,
 through the same functions.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -64,7 +65,7 @@ def compile_sweep(function: Callable[..., Any], data: Data) -> Callable[..., Any
     Returns:
         A function of ``params, cluster, key`` giving numpy arrays [n, ...].
     """
-    stage = EStage(function, lambda *_: ((), (), {}))
+    stage = EStage(function, lambda *_: ({}, (), {}))
     sweep = _compile_collect(stage, data)
 
     def run(params: Params, cluster: Any, key: PRNGKeyArray) -> Any:
@@ -113,25 +114,24 @@ def _compile_streamed(
 ) -> Step:
     """``engine.em_iteration``, with the data arriving in superbatches from the host."""
     num_examples = len(data.raw)
-    sweep = _compile_collect(phase.refresh, data) if phase.refresh else None
+    stage = phase.refresh
+    sweep = _compile_collect(stage, data) if stage else None
     fetch = _fetch_streamed(data.examples)
     order = jax.jit(
         lambda step, k: engine.epoch_order(
             k, step, steps=phase.steps, batch_size=batch_size, num_examples=num_examples
         )
     )
-    e_step = jax.jit(
-        lambda state, collected, k: engine.e_step(phase, state, collected, k), donate_argnums=0
-    )
+    update = jax.jit(functools.partial(engine.e_step, stage), donate_argnums=0) if stage else None
     m_step = jax.jit(
         lambda state, rows, k: engine.m_step(phase, state, rows, fetch, k), donate_argnums=0
     )
 
     def iterate(state: TrainState) -> tuple[TrainState, dict[str, np.ndarray]]:
         info: Metrics = {}
-        if sweep is not None:
+        if sweep and update:
             collected = sweep(state.ema_params, state.cluster, keys.collect)
-            state, info = e_step(state, collected, keys.e_step)
+            state, info = update(state, collected, keys.e_step)
         parts = []
         for rows in _superbatches(data, np.asarray(order(state.step, keys.order))):
             state, metrics = m_step(state, rows, keys.m_step)

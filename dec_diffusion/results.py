@@ -14,6 +14,7 @@ import numpy as np
 from dec_diffusion import evaluate, metrics, report
 from dec_diffusion.data import Dataset
 from dec_diffusion.evaluate import Assignment
+from dec_diffusion.types import InputError
 from dec_diffusion.workdir import ASSIGNMENTS, Workdir
 
 if TYPE_CHECKING:
@@ -107,11 +108,12 @@ def sample(
     Raises:
         InputError: the method does not generate, or a knob is out of range.
     """
+    draw_one = run.method.sample
+    if draw_one is None:
+        raise InputError(f"{run.config.name} does not generate; sample from another method")
     num_clusters = run.config.method.num_clusters
     component = jnp.repeat(jnp.arange(num_clusters), per_cluster)
-    draw = jax.jit(
-        lambda params, cluster, key: run.method.sample(params, cluster, key, component, **knobs)
-    )
+    draw = jax.jit(lambda params, cluster, key: draw_one(params, cluster, key, component, **knobs))
     x = draw(run.state.ema_params, run.state.cluster, jax.random.key(seed))
     x = np.asarray(x) * run.scale + run.offset
     return x.reshape(num_clusters, per_cluster, *run.spec.shape).astype(np.float32)

@@ -3,29 +3,38 @@
 import importlib.util
 import json
 import pathlib
+from types import ModuleType
 
 import pytest
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 TINY = (
-    "--network=unet --device=cpu --width=8 --latent=4 --image-size=6 --batch-size=4"
-    " --num-examples=16 --steps=2 --repeats=2"
+    "--device=cpu --width=4 --latent=4 --image-size=8 --batch-size=4 --num-examples=16"
+    " --steps=2 --repeats=2"
 ).split()
-CODE = "import runpy; runpy.run_module('benchmarks.throughput', run_name='__main__')"
-# The smoke test wants a program soon, not a fast one.
-QUICK = {"XLA_FLAGS": "--xla_backend_optimization_level=0"}
 
 
-def test_throughput_without_torch_gives_our_figures_and_says_how_to_get_more(run_python, tmp_path):
+@pytest.fixture
+def throughput(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    monkeypatch.syspath_prepend(ROOT)
+    # A smoke test wants a program soon, not a fast one.
+    monkeypatch.setenv("XLA_FLAGS", "--xla_backend_optimization_level=0")
+    return importlib.import_module("benchmarks.throughput")
+
+
+def test_throughput_without_torch_gives_our_figures_and_says_how_to_get_more(
+    throughput, monkeypatch, capsys, tmp_path
+):
     (tmp_path / "torch.py").write_text("raise ImportError('not installed')\n")
-    env = QUICK | {"PYTHONPATH": f"{ROOT}:{tmp_path}"}
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     output = tmp_path / "out.json"
-    done = run_python(CODE, *TINY, f"--output={output}", cwd=ROOT, env=env, timeout=550)
-    result = json.loads(done.stdout)
+    assert throughput.main([*TINY, f"--output={output}"]) == 0
+    printed = capsys.readouterr()
+    result = json.loads(printed.out)
     assert result == json.loads(output.read_text())
     assert result["valid"] and result["check"] is None
     assert any("pip install torch==" in note for note in result["notes"])
-    assert "pip install torch==" in done.stderr
+    assert "pip install torch==" in printed.err
     assert result["machine"]["jax"]["platform"] == "cpu"
     assert set(result["contenders"]) == {"ours_scan", "ours_loop"}
     for figures in result["contenders"].values():
@@ -39,17 +48,20 @@ def test_throughput_without_torch_gives_our_figures_and_says_how_to_get_more(run
     ("option", "named"),
     [("--batch-size=0", "--batch-size"), ("--num-examples=2", "--num-examples")],
 )
-def test_throughput_names_a_bad_option(run_python, option, named):
-    done = run_python(CODE, *TINY, option, cwd=ROOT, status=2)
-    assert done.stdout == "" and named in done.stderr
+def test_throughput_names_a_bad_option(throughput, capsys, option, named):
+    with pytest.raises(SystemExit) as stop:
+        throughput.main([*TINY, option])
+    printed = capsys.readouterr()
+    assert stop.value.code == 2 and printed.out == "" and named in printed.err
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(importlib.util.find_spec("torch") is None, reason="PyTorch is not installed")
 @pytest.mark.parametrize("network", ["official", "unet"])
-def test_the_pytorch_step_is_the_same_function(run_python, network):
-    args = [*TINY, f"--network={network}", "--image-size=10", "--skip-compile"]
-    result = json.loads(run_python(CODE, *args, cwd=ROOT, timeout=550).stdout)
-    assert result["check"]["passed"] and result["valid"]
+def test_the_pytorch_step_is_the_same_function(throughput, capsys, network):
+    # Sizes that both networks must pad.
+    status = throughput.main([*TINY, f"--network={network}", "--image-size=10", "--skip-compile"])
+    result = json.loads(capsys.readouterr().out)
+    assert status == 0 and result["check"]["passed"] and result["valid"]
     assert max(result["check"]["relative_errors"].values()) < 1e-4
     assert "ours_scan/torch_eager" in result["ratios"]

@@ -25,6 +25,7 @@ TINY = {
     "encoder_multipliers": (1,),
     "steps": 3,
     "pretrain_iterations": 1,
+    "balance_iterations": 0,
     "em_iterations": 2,
     "sample_steps": 4,
 }
@@ -202,7 +203,6 @@ VARIANTS = {
             "responsibilities": "sampled",
             "sampled_latents": True,
             "kl_warmup": 0.0,
-            "balance": 0.0,
             "ema": 0.0,
             "decay": False,
         },
@@ -294,13 +294,17 @@ def test_mixture_is_fitted_to_everything_and_padding_has_no_effect():
     start = gmm.Mixture(jnp.log(jnp.full(3, 1 / 3)), mean[:3], jnp.ones((3, 3)))
     padded = jnp.concatenate([mean, 1e3 * jnp.ones((9, 3))]), jnp.ones((49, 3))
     weight = jnp.concatenate([jnp.ones(40), jnp.zeros(9)])
-    late = jnp.float32(0.9)
-    _, one, info = stage.update({}, start, (mean, variance), jnp.ones(40), key, late)
+    _, one, info = stage.update({}, start, (mean, variance), jnp.ones(40), key)
     variance_padded = jnp.concatenate([variance, padded[1][40:]])
-    _, two, _ = stage.update({}, start, (padded[0], variance_padded), weight, key, late)
+    _, two, _ = stage.update({}, start, (padded[0], variance_padded), weight, key)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), one, two)
     assert 0 < info["smallest_weight"] <= info["largest_weight"] < 1
-    _, _, info = stage.update({}, start, (mean, variance), jnp.ones(40), key, jnp.float32(0.0))
+    balanced = ClusterDDPM(**{**TINY, "balance_iterations": 1}).build(DataSpec((8, 8, 1), 40))
+    assert list(balanced.phases) == ["pretrain", "balance", "em"]
+    assert balanced.phases["em"].begin is None  # it goes on with the balanced mixture
+    stage = balanced.phases["balance"].refresh
+    assert stage is not None
+    _, _, info = stage.update({}, start, (mean, variance), jnp.ones(40), key)
     np.testing.assert_allclose(info["smallest_weight"], info["largest_weight"], atol=0.02)
 
 

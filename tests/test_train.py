@@ -64,11 +64,11 @@ class Centres:
             return params, weight @ x / weight.sum(), {"rows": weight.sum()}
 
         def rate(count):
-            return jnp.where(count == self.weights_break_at - 1, jnp.inf, 0.05)
+            return jnp.where(count == self.weights_break_at - 1, jnp.inf, 0.1)
 
         e_step = EStage(lambda params, cluster, batch, key: batch["image"], mean)
         phases = {
-            "first": Phase(loss, optax.adam(0.05), ITERATIONS["first"], STEPS, assigns=False),
+            "first": Phase(loss, optax.adam(0.3), ITERATIONS["first"], STEPS, assigns=False),
             "second": Phase(
                 breaking_loss,
                 optax.sgd(rate),

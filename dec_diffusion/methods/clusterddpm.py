@@ -29,7 +29,7 @@ import optax
 
 from dec_diffusion import gmm, sampling, schedule, views
 from dec_diffusion.gmm import Mixture
-from dec_diffusion.method import DataSpec, EStage, Method, Phase
+from dec_diffusion.method import DataSpec, EStage, Method, Phase, Update
 from dec_diffusion.networks import Network, clusterddpm_networks
 from dec_diffusion.schedule import Prediction, Schedule
 from dec_diffusion.types import Array, Batch, Float, InputError, Metrics, Params, PRNGKeyArray
@@ -62,7 +62,7 @@ class ClusterDDPM:
         drop_latent: probability that the denoiser does not see z (for guidance).
         pretrain_kl: weight of KL(q | N(0, I)) in pretraining.
         kl_weight: of equation (5), in units of the schedule's own weight.
-        kl_warmup: part of the EM phase over which the weight rises from 0.
+        kl_warmup: part of each EM phase over which the weight rises from 0.
         responsibilities: ``closed_form``, equation (3), or ``sampled``, equation (4).
         sampled_latents: fit the mixture to one sample of z per example, as the official code
             does, instead of to the posteriors.
@@ -70,20 +70,19 @@ class ClusterDDPM:
             see ``views.affine`` and ``views.noise``; all 0 switches views off.
         flip: whether views may be mirrored.
         target_view: denoise a second view instead of the example itself.
-        pretrain_iterations: of the first phase.
-        em_iterations: of the second phase.
+        pretrain_iterations: of the first phase, which has no mixture.
+        balance_iterations: EM iterations in which the components are made to share the data
+            equally; 0 leaves them out, which is right if group sizes differ several-fold.
+        em_iterations: EM iterations after that.
         steps: gradient steps per iteration; 0 is one pass over the data.
-        learning_rate: of Adam, after a warm-up over the first 2% of a phase.
-        decay: cosine decay of the learning rate to 5% over a phase.
+        learning_rate: of Adam, after a warm-up over the first 50 steps of a phase.
+        decay: cosine decay of the learning rate to 5% over a phase (never over ``balance``).
         clip: global norm at which gradients are clipped.
         ema: decay of the averaged weights.
         mixture_iterations: EM iterations of the mixture per E-step.
         mixture_restarts: starts of the first mixture, of which the likeliest is kept.
         variance_floor: lowest variance of a component, in units of the pooled variance.
         weight_prior: Dirichlet parameter of the mixture's weights; 1 is none.
-        balance: strength, from 0 to 1, with which components are made to share the data equally
-            in the first part of the EM phase; set it to 0 if group sizes differ several-fold.
-        balance_until: part of the EM phase at which that ends.
         sample_steps: denoiser calls per generated example.
         sample_guidance: guidance weight.
         sample_temperature: of the draw of z.
@@ -102,7 +101,7 @@ class ClusterDDPM:
     num_steps: int = 1000
     zero_terminal: bool = True
     prediction: Literal["v", "eps", "x0"] = "v"
-    uniform_noise: float = 0.1
+    uniform_noise: float = 0.0
     log_snr_mean: float = -1.5
     log_snr_std: float = 1.0
     drop_latent: float = 0.1
@@ -119,7 +118,8 @@ class ClusterDDPM:
     flip: bool = False
     target_view: bool = False
     pretrain_iterations: int = 20
-    em_iterations: int = 30
+    balance_iterations: int = 12
+    em_iterations: int = 18
     steps: int = 50
     learning_rate: float = 1e-3
     decay: bool = True
@@ -129,8 +129,6 @@ class ClusterDDPM:
     mixture_restarts: int = 20
     variance_floor: float = 1e-2
     weight_prior: float = 1.0
-    balance: float = 1.0
-    balance_until: float = 0.4
     sample_steps: int = 50
     sample_guidance: float = 0.0
     sample_temperature: float = 0.8
@@ -295,47 +293,39 @@ def _method(
 
     guards = {"variance_floor": s.variance_floor, "weight_prior": s.weight_prior}
 
-    def e_step(
-        params: Params,
-        cluster: Mixture,
-        features: Any,
-        weight: Array,
-        key: PRNGKeyArray,
-        progress: Array,
-    ) -> tuple[Params, Mixture, Metrics]:
-        mean, variance = features
-        balance = s.balance * (progress < s.balance_until)
-        mixture = gmm.fit(
-            cluster,
-            mean,
-            variance,
-            weight=weight,
-            iterations=s.mixture_iterations,
-            # Balancing moves the weights while the likelihood hardly changes.
-            tol=jnp.where(balance > 0, 0.0, 1e-3),
-            balance=balance,
-            **guards,
-        ).mixture
-        revived, dead = gmm.reseed_dead(mixture)
-        # While balanced no component can die, and its weight is a multiplier, not a share.
-        mixture = jax.tree.map(lambda a, b: jnp.where(balance > 0, a, b), mixture, revived)
-        log_resp, log_likelihood = gmm.log_responsibilities(mixture, mean, variance)
-        share = jnp.exp(log_resp).T @ weight / weight.sum()
-        info = {
-            "mixture_log_likelihood": log_likelihood @ weight / weight.sum(),
-            "smallest_weight": share.min(),
-            "largest_weight": share.max(),
-            "revived": jnp.where(balance > 0, 0, dead.sum()),
-        }
-        return params, mixture, info
+    def e_step(balance: float) -> Update:
+        def update(
+            params: Params, cluster: Mixture, features: Any, weight: Array, key: PRNGKeyArray
+        ) -> tuple[Params, Mixture, Metrics]:
+            mean, variance = features
+            mixture = gmm.fit(
+                cluster,
+                mean,
+                variance,
+                weight=weight,
+                iterations=s.mixture_iterations,
+                # Balancing moves the weights while the likelihood hardly changes.
+                tol=0.0 if balance else 1e-3,
+                balance=balance,
+                **guards,
+            ).mixture
+            dead = jnp.zeros(s.num_clusters, bool)
+            if not balance:  # then weights are multipliers, not shares, and none can die
+                mixture, dead = gmm.reseed_dead(mixture)
+            log_resp, log_likelihood = gmm.log_responsibilities(mixture, mean, variance)
+            share = jnp.exp(log_resp).T @ weight / weight.sum()
+            info = {
+                "mixture_log_likelihood": log_likelihood @ weight / weight.sum(),
+                "smallest_weight": share.min(),
+                "largest_weight": share.max(),
+                "revived": dead.sum(),
+            }
+            return params, mixture, info
+
+        return update
 
     def first_mixture(
-        params: Params,
-        cluster: Mixture,
-        features: Any,
-        weight: Array,
-        key: PRNGKeyArray,
-        progress: Array,
+        params: Params, cluster: Mixture, features: Any, weight: Array, key: PRNGKeyArray
     ) -> tuple[Params, Mixture, Metrics]:
         mean, variance = features
         start = gmm.init(
@@ -347,7 +337,7 @@ def _method(
             restarts=s.mixture_restarts,
             **guards,
         )
-        return e_step(params, start.mixture, features, weight, key, progress)
+        return params, start.mixture, {"mixture_log_likelihood": start.log_likelihood[-1]}
 
     def predict(params: Params, cluster: Mixture, batch: Batch, key: PRNGKeyArray) -> Array:
         mean, variance = encode(params, ranged(batch))
@@ -370,43 +360,62 @@ def _method(
             return denoise
 
         denoise = sampling.guide(estimate(1.0), estimate(0.0), s.sample_guidance)
-        levels = sampling.subsample(grid, s.sample_steps, first=1)
+        levels = _levels(s, grid)
         # The bounds of [-1, 1] also bound [0, 1] well enough for the sampler to stay on the data.
         clip = 1.0 if spec.is_image else None
         x = sampling.ddim(denoise, levels, x_key, (n, *spec.shape), clip=clip)
         return 2.0 * x - 1.0 if s.unit_range else x
 
+    first = EStage(collect, first_mixture)
     phases = {
         "pretrain": Phase(
             pretrain_loss,
-            _optimiser(s, s.pretrain_iterations * steps),
+            _optimiser(s, s.pretrain_iterations * steps, decay=s.decay),
             s.pretrain_iterations,
             steps,
             ema=s.ema,
             assigns=False,
         ),
+        "balance": Phase(
+            em_loss,
+            _optimiser(s, s.balance_iterations * steps, decay=False),
+            s.balance_iterations,
+            steps,
+            begin=first,
+            refresh=EStage(collect, e_step(balance=1.0)),
+            ema=s.ema,
+        ),
         "em": Phase(
             em_loss,
-            _optimiser(s, s.em_iterations * steps),
+            _optimiser(s, s.em_iterations * steps, decay=s.decay),
             s.em_iterations,
             steps,
-            begin=EStage(collect, first_mixture),
-            refresh=EStage(collect, e_step),
+            begin=None if s.balance_iterations else first,
+            refresh=EStage(collect, e_step(balance=0.0)),
             ema=s.ema,
         ),
     }
+    if not s.balance_iterations:
+        del phases["balance"]
     return Method(init, phases, predict, embed, sample)
 
 
-def _optimiser(s: ClusterDDPM, steps: int) -> optax.GradientTransformation:
+def _optimiser(s: ClusterDDPM, steps: int, *, decay: bool) -> optax.GradientTransformation:
+    warmup, peak = max(1, min(50, steps // 10)), s.learning_rate
     rate = (
-        optax.warmup_cosine_decay_schedule(
-            0.0, s.learning_rate, max(1, steps // 50), max(2, steps), s.learning_rate * 0.05
-        )
-        if s.decay
-        else s.learning_rate
+        optax.warmup_cosine_decay_schedule(0.0, peak, warmup, max(warmup + 1, steps), 0.05 * peak)
+        if decay
+        else optax.linear_schedule(0.0, peak, warmup)
     )
     return optax.chain(optax.clip_by_global_norm(s.clip), optax.adam(rate, b2=0.99))
+
+
+def _levels(s: ClusterDDPM, grid: Schedule) -> Float[Array, " steps"]:
+    """The noise levels that the sampler visits: of the schedule if the denoiser knows them all."""
+    if s.uniform_noise:
+        return sampling.subsample(grid, s.sample_steps, first=1)
+    low, high = s.log_snr_mean - 4 * s.log_snr_std, s.log_snr_mean + 4 * s.log_snr_std
+    return jnp.linspace(low, high, s.sample_steps)
 
 
 def _check(s: ClusterDDPM) -> None:
@@ -427,9 +436,11 @@ def _check(s: ClusterDDPM) -> None:
         " mixture_restarts sample_steps"
     ).split()
     positive = "log_snr_std learning_rate clip".split()
-    not_negative = "pretrain_kl kl_weight rotate shift scale shear noise steps".split()
-    not_negative += ["variance_floor", "sample_temperature", "sample_guidance"]
-    shares = "uniform_noise drop_latent kl_warmup ema balance balance_until".split()
+    not_negative = (
+        "pretrain_kl kl_weight rotate shift scale shear noise steps balance_iterations"
+        " variance_floor sample_temperature sample_guidance"
+    ).split()
+    shares = "uniform_noise drop_latent kl_warmup ema".split()
     rules = [
         (at_least_one, lambda v: v >= 1, "must be at least 1"),
         (positive, lambda v: v > 0, "must be greater than 0"),

@@ -32,15 +32,15 @@ def clusterddpm_networks(
         attention: levels of the denoiser that attend.
         dtype: of activations.
     """
-    kwargs = {"dtype": jnp.dtype(dtype)}
+    act = jnp.dtype(dtype)
     if len(shape) == 1:
-        encoder = MLPEncoder(latent, (width, width), **kwargs)
-        return as_network(encoder), as_network(MLPDenoiser(width, **kwargs))
+        encoder = MLPEncoder(latent, (width, width), dtype=act)
+        return as_network(encoder), as_network(MLPDenoiser(width, dtype=act))
     if kind == "official":
-        encoder = OfficialEncoder(latent, width, **kwargs)
-        return as_network(encoder), as_network(OfficialUNet(width, **kwargs))
-    encoder = Encoder(latent, width, encoder_multipliers, **kwargs)
-    denoiser = UNet(width, multipliers, attention=attention, **kwargs)
+        encoder = OfficialEncoder(latent, width, dtype=act)
+        return as_network(encoder), as_network(OfficialUNet(width, dtype=act))
+    encoder = Encoder(latent, width, encoder_multipliers, dtype=act)
+    denoiser = UNet(width, multipliers, attention=attention, dtype=act)
     return as_network(encoder), as_network(denoiser)
 
 
