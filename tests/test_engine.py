@@ -340,7 +340,7 @@ def test_a_stage_that_begins_a_phase_may_change_everything():
     np.testing.assert_allclose(after.params["w"], x.mean(0), rtol=1e-5, atol=1e-6)
     assert_same(after.ema_params, after.params)
     np.testing.assert_allclose(after.cluster["c"], (x @ [1.0, -1.0, 2.0]).mean(), rtol=1e-4)
-    assert info == {"rows": N, "at": 0}
+    assert info == {"rows": N}
 
 
 def test_an_m_step_is_a_loop_of_steps():

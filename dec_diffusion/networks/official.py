@@ -114,8 +114,8 @@ def _gelu(x: Array) -> Array:
 def _max_pool(x: Array) -> Array:
     # Comparisons, because the gradient of a reduction by maximum divides by the number of ties,
     # which a compiler that recomputes the maximum with other rounding can make zero.
-    x = jnp.where(x[:, ::2] >= x[:, 1::2], x[:, ::2], x[:, 1::2])
-    return jnp.where(x[:, :, ::2] >= x[:, :, 1::2], x[:, :, ::2], x[:, :, 1::2])
+    x = jnp.where(x[:, :, ::2] >= x[:, :, 1::2], x[:, :, ::2], x[:, :, 1::2])
+    return jnp.where(x[:, ::2] >= x[:, 1::2], x[:, ::2], x[:, 1::2])
 
 
 def _pad_to_square(x: Array) -> Array:
