@@ -44,6 +44,7 @@ TINY = [
     "--config.method.attention=",
     f"--config.method.pretrain_iterations={ITERATIONS['pretrain']}",
     "--config.method.balance_iterations=0",
+    "--config.method.balance_iterations=0",
     f"--config.method.em_iterations={ITERATIONS['em']}",
     f"--config.method.steps={STEPS}",
     "--config.method.mixture_restarts=2",

@@ -16,8 +16,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from absl import flags
-from ml_collections import config_flags
 from sklearn.datasets import load_digits
 from sklearn.preprocessing import StandardScaler
 
@@ -430,16 +428,6 @@ def test_check_clusters_accepts_what_can_work():
     repeated = data.from_arrays(np.repeat(FLOATS[:3], 10, axis=0))
     data.check_clusters(repeated, 3, 30)
     data.check_clusters(repeated, 2, 1)
-
-
-def test_config_works_as_flags():
-    values = flags.FlagValues()
-    options = ["--data.name=mnist", "--data.path=there", "--data.limit=100"]
-    config = config_flags.DEFINE_config_dataclass(
-        "data", data.DataConfig(), flag_values=values, sys_argv=options
-    )
-    values(["test", *options])
-    assert config.value == data.DataConfig(name="mnist", path="there", limit=100)
 
 
 # --- bad input: each case writes its files and says what the one-line message must contain ---

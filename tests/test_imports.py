@@ -20,11 +20,9 @@ LEAVES = {"types", "schedule", "gmm", "kmeans", "targets", "sampling", "views"}
 CONFINED = {
     "flax": {"networks"},
     "orbax": {"workdir"},
-    "grain": {"data"},
     "tensorflow_datasets": {"data"},
     "h5py": {"data"},
-    "absl": {"main", "config", "configs"},
-    "ml_collections": {"main", "config", "configs"},
+    "absl": {"main"},
     "tensorflow": set(),
     "torch": set(),
 }
