@@ -87,13 +87,14 @@ def fit(config: Config, path: str | os.PathLike[str], *, verbose: int = 1) -> Re
     method = config.method.build(spec)
     place = workdir.open_workdir(path, configs.to_dict(config), ignore=configs.RESUMABLE)
     data = prepare(dataset, config)
+    assign = evaluate.compile_assign(method, data, _key(config))
     with place.checkpoints(keep=config.train.keep_checkpoints) as checkpoints:
         state, step, trained = _run(
-            config, method, dataset, data, place, checkpoints, verbose=verbose
+            config, method, dataset, data, assign, place, checkpoints, verbose=verbose
         )
     offset, scale = np.asarray(dataset.offset), np.asarray(dataset.scale)
     run = Run(config, spec, method, state, offset, scale, step)
-    assignment = evaluate.compile_assign(method, data, _key(config))(state)
+    assignment = assign(state)
     summary = None if trained else results.read(place)
     if summary is None:
         if verbose:
@@ -166,6 +167,7 @@ def _run(
     method: Method,
     dataset: Dataset,
     data: parallel.Data,
+    assign: evaluate.Assign,
     place: workdir.Workdir,
     checkpoints: workdir.Checkpoints,
     *,
@@ -183,7 +185,6 @@ def _run(
     total = sum(phase.iterations * phase.steps for phase in method.phases.values())
     progress = Progress(total, step, silent=not verbose)
     progress.note(_opening(config, dataset, data, place, step, total))
-    assign = evaluate.compile_assign(method, data, key)
     scaling = {"offset": np.asarray(dataset.offset), "scale": np.asarray(dataset.scale)}
     shape = {"shape": dataset.example_shape, "num_examples": dataset.num_examples}
 
