@@ -65,6 +65,8 @@ _PAPER = {
     "mixture_restarts": 1,
     "variance_floor": 0.0,
     "balance_iterations": 0,
+    "reseed_below": 0.0,
+    "adam_b2": 0.999,
     "sample_steps": 400,
     "sample_temperature": 1.0,
 }

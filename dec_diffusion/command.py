@@ -62,6 +62,9 @@ def _keep_compiled_programs() -> None:
         cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
         jax.config.update("jax_compilation_cache_dir", str(cache / "dec_diffusion" / "jax"))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
+    # An entry that a kill cut short is compiled again, and a folder that cannot be written only
+    # costs time: neither is anything a person must know at every start.
+    warnings.filterwarnings("ignore", message="Error (reading|writing) persistent compilation")
 
 
 def load_config(options: "Options") -> Config:

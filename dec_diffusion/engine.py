@@ -255,9 +255,8 @@ def em_iteration(
     info: Metrics = {}
     if phase.refresh is not None:
         rows = sweep_order(batch_size=sweep_size, num_examples=num_examples)
-        collected = collect(
-            phase.refresh, state.ema_params, state.cluster, rows, fetch, keys.collect
-        )
+        sweep_key = jax.random.fold_in(keys.collect, state.step)
+        collected = collect(phase.refresh, state.ema_params, state.cluster, rows, fetch, sweep_key)
         state, info = e_step(phase.refresh, state, collected, keys.e_step)
     order = epoch_order(
         keys.order, state.step, steps=phase.steps, batch_size=batch_size, num_examples=num_examples
@@ -267,14 +266,15 @@ def em_iteration(
 
 
 class IterationKeys(NamedTuple):
-    """The streams of randomness of a phase's iterations; each is folded with the step."""
+    """The streams of randomness of a phase; those of its iterations are folded with the step."""
 
     collect: PRNGKeyArray
     e_step: PRNGKeyArray
     order: PRNGKeyArray
     m_step: PRNGKeyArray
+    begin: PRNGKeyArray
 
 
 def iteration_keys(key: PRNGKeyArray) -> IterationKeys:
     """Derive the streams from a phase's key."""
-    return IterationKeys(*jax.random.split(key, 4))
+    return IterationKeys(*jax.random.split(key, 5))

@@ -12,6 +12,9 @@ from dec_diffusion.engine import TrainState
 from dec_diffusion.method import Method
 from dec_diffusion.types import PRNGKeyArray
 
+_BASELINE_ROWS = 100_000
+"""Baselines are fitted on at most so many examples; all are assigned and scored."""
+
 
 class Assignment(NamedTuple):
     """Where every example belongs.
@@ -69,9 +72,9 @@ def compare(
     flat = np.asarray(dataset.examples, np.float32).reshape(dataset.num_examples, -1)
     if not dataset.is_image:
         flat = (flat - dataset.offset) / dataset.scale
-    found = dict(baselines(flat, num_clusters, dataset.labels, seed=seed))
+    found = dict(baselines(flat, num_clusters, dataset.labels, seed=seed, limit=_BASELINE_ROWS))
     found["kmeans_latents"] = kmeans_on(
-        assignment.embedding, num_clusters, dataset.labels, seed=seed
+        assignment.embedding, num_clusters, dataset.labels, seed=seed, limit=_BASELINE_ROWS
     )
     return {
         name: {key: value for key, value in result.items() if key != "labels"}

@@ -70,8 +70,9 @@ class Method(NamedTuple):
         predict: ``(params, cluster, batch, key) -> log_resp`` [b, k], the log-probability of
             each cluster; deterministic methods ignore the key.
         embed: ``(params, cluster, batch, key) -> features`` [b, d], the space clustered in.
-        sample: ``(params, cluster, key, component [b], *, ...) -> examples`` [b, ...] in network
-            scale, one of each component given; None if the method does not generate.
+        sample: ``(params, cluster, key, component [b]) -> examples`` [b, ...] in network scale,
+            one of each component given, -1 to draw the component too; None if the method does
+            not generate.
     """
 
     init: Callable[[PRNGKeyArray, Batch], tuple[Params, Cluster]]
@@ -87,10 +88,17 @@ class DataSpec(NamedTuple):
     Attributes:
         shape: of one example: (h, w, c) for images, (d,) for vectors.
         num_examples: n.
+        batch_size: examples per gradient step.
     """
 
     shape: tuple[int, ...]
     num_examples: int
+    batch_size: int = 128
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Gradient steps of one pass over the data."""
+        return max(1, self.num_examples // self.batch_size)
 
     @property
     def is_image(self) -> bool:

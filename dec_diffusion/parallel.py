@@ -28,7 +28,7 @@ class Data(NamedTuple):
     """A data set ready for the engine.
 
     Attributes:
-        raw: numpy [n, ...], in host memory or a memory map.
+        raw: numpy [n, ...], in host memory.
         examples: the same on the device, or with an empty ``raw`` if the data are streamed.
         rows: the ordered sweep [batches, batch] of example numbers, -1 on padding.
     """
@@ -95,7 +95,7 @@ def compile_phase(
     enter = jax.jit(lambda state, collected, k: engine.begin_phase(phase, state, collected, k))
 
     def begin(state: TrainState) -> tuple[TrainState, dict[str, np.ndarray]]:
-        collected = begin_sweep and begin_sweep(state.ema_params, state.cluster, keys.collect)
+        collected = begin_sweep and begin_sweep(state.ema_params, state.cluster, keys.begin)
         return _to_host(enter(state, collected, key))
 
     if not data.resident:
@@ -130,7 +130,8 @@ def _compile_streamed(
     def iterate(state: TrainState) -> tuple[TrainState, dict[str, np.ndarray]]:
         info: Metrics = {}
         if sweep and update:
-            collected = sweep(state.ema_params, state.cluster, keys.collect)
+            sweep_key = jax.random.fold_in(keys.collect, state.step)
+            collected = sweep(state.ema_params, state.cluster, sweep_key)
             state, info = update(state, collected, keys.e_step)
         parts = []
         for rows in _superbatches(data, np.asarray(order(state.step, keys.order))):

@@ -48,8 +48,9 @@ class Progress:
         elapsed = time.monotonic() - self._started
         left = elapsed / max(1, step - self._first) * (self._total - step)
         figures = [f"{name} {record[name]:.4g}" for name in _SHOWN if name in record]
-        parts = [f"{100 * step // self._total:3d}%", where, *figures]
-        line = "  ".join([*parts, f"{rate:,.0f} examples/s", f"{clock(left)} left"])
+        # The figures last: where a terminal is narrow they are cut off first.
+        pace = [f"{clock(left)} left", f"{rate:,.0f} examples/s"]
+        line = "  ".join([f"{100 * step // self._total:3d}%", where, *pace, *figures])
         if self._live:
             self._write(line, stays=step == self._total)
         elif step == self._total or time.monotonic() - self._last_line > _SECONDS_BETWEEN_LINES:

@@ -56,7 +56,8 @@ def write(
                 assignment.labels, assignment.probability, truth, num_clusters=num_clusters
             ),
         },
-        "scores": evaluate.score(assignment, num_clusters, truth),
+        "scores": evaluate.score(assignment, num_clusters, truth)
+        | {k: v for r in records[-1:] for k, v in r.items() if k == "mixture_log_likelihood"},
         "baselines": evaluate.compare(dataset, assignment, num_clusters, seed=run.config.seed),
         "training": {
             "steps": run.step,
@@ -91,37 +92,61 @@ def write_assignments(dataset: Dataset, assignment: Assignment, place: Workdir) 
     place.write_assignments(dataset.rows, paths, assignment.labels, assignment.probability)
 
 
-def sample(
-    run: "Run", *, per_cluster: int = SAMPLES_PER_CLUSTER, seed: int = 0, **knobs: Any
-) -> np.ndarray:
+def sample(run: "Run", *, per_cluster: int = SAMPLES_PER_CLUSTER, seed: int = 0) -> np.ndarray:
     """Generate examples of every cluster.
 
     Args:
         run: the trained method.
         per_cluster: examples of each cluster.
         seed: of the draw.
-        knobs: passed to the method's ``sample``.
 
     Returns:
         float32 [k, per_cluster, ...] in the units of the data.
 
     Raises:
-        InputError: the method does not generate, or a knob is out of range.
+        InputError: the method does not generate.
     """
-    draw_one = run.method.sample
-    if draw_one is None:
-        raise InputError(f"{run.config.name} does not generate; sample from another method")
     num_clusters = run.config.method.num_clusters
-    component = jnp.repeat(jnp.arange(num_clusters), per_cluster)
-    draw = jax.jit(lambda params, cluster, key: draw_one(params, cluster, key, component, **knobs))
-    x = draw(run.state.ema_params, run.state.cluster, jax.random.key(seed))
-    x = np.asarray(x) * run.scale + run.offset
-    return x.reshape(num_clusters, per_cluster, *run.spec.shape).astype(np.float32)
+    x = _draw(run, np.repeat(np.arange(num_clusters), per_cluster), seed)
+    return x.reshape(num_clusters, per_cluster, *run.spec.shape)
+
+
+def generate(run: "Run", n: int, *, seed: int = 0) -> np.ndarray:
+    """Generate ``n`` examples of the whole: each draws its cluster first.
+
+    Returns:
+        float32 [n, ...] in the units of the data.
+
+    Raises:
+        InputError: the method does not generate.
+    """
+    return _draw(run, np.full(n, -1), seed)
+
+
+def _draw(run: "Run", component: np.ndarray, seed: int) -> np.ndarray:
+    draw = run.method.sample
+    if draw is None:
+        raise InputError(f"{run.config.name} does not generate; sample from another method")
+    x = jax.jit(draw)(
+        run.state.ema_params, run.state.cluster, jax.random.key(seed), jnp.asarray(component)
+    )
+    return (np.asarray(x) * run.scale + run.offset).astype(np.float32)
 
 
 def to_unit(examples: np.ndarray, run: "Run") -> np.ndarray:
     """Images from the units of the data to [0, 1], for pictures."""
     return np.clip(((examples - run.offset) / run.scale + 1) / 2, 0, 1)
+
+
+def _as_bytes(examples: np.ndarray, run: "Run") -> np.ndarray:
+    """Images as uint8 in 0..255, without a copy in floating point of all of them at once."""
+    if examples.dtype == np.uint8 and run.offset == run.scale == 127.5:
+        return examples
+    out = np.empty(examples.shape, np.uint8)
+    for start in range(0, len(examples), 4096):
+        part = slice(start, start + 4096)
+        out[part] = np.round(255 * to_unit(examples[part], run))
+    return out
 
 
 def describe(summary: Mapping[str, Any], folder: Path) -> str:
@@ -152,10 +177,9 @@ def _pictures(
     if jax.process_index() != 0:
         return
     if dataset.is_image:
-        shown = to_unit(np.asarray(dataset.examples, np.float32), run)
         report.images_by_cluster(
             folder / "clusters.png",
-            shown,
+            _as_bytes(dataset.examples, run),
             assignment.labels,
             assignment.probability,
             num_clusters=num_clusters,

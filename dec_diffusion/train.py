@@ -7,6 +7,7 @@ is ``engine.em_iteration``.
 import os
 import time
 import warnings
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -83,7 +84,7 @@ def fit(config: Config, path: str | os.PathLike[str], *, verbose: int = 1) -> Re
     configs.check(config)
     dataset = sources.load(config.data)
     sources.check_clusters(dataset, config.method.num_clusters, config.train.batch_size)
-    spec = DataSpec(dataset.example_shape, dataset.num_examples)
+    spec = DataSpec(dataset.example_shape, dataset.num_examples, config.train.batch_size)
     method = config.method.build(spec)
     place = workdir.open_workdir(path, configs.to_dict(config), ignore=configs.RESUMABLE)
     data = prepare(dataset, config)
@@ -116,7 +117,8 @@ def load(path: str | os.PathLike[str]) -> Run:
     built: dict[str, Any] = {}
 
     def template(meta: dict[str, Any]) -> Any:
-        spec = DataSpec(tuple(meta["shape"]), meta["num_examples"])
+        shape, num_examples = tuple(meta["shape"]), meta["num_examples"]
+        spec = DataSpec(shape, num_examples, config.train.batch_size)
         built.update(spec=spec, method=config.method.build(spec))
         batch = {
             "image": np.zeros((1, *spec.shape), np.float32),
@@ -179,14 +181,13 @@ def _run(
         The state, its step, and whether there was anything left to do.
     """
     key, batch_size = _key(config), config.train.batch_size
-    state, step, after = _start(method, key, parallel.first_batch(data), checkpoints)
+    about = _about(dataset)
+    state, step, after = _start(method, key, parallel.first_batch(data), checkpoints, about)
     place.truncate_metrics(step)
     resumed_at = step
     total = sum(phase.iterations * phase.steps for phase in method.phases.values())
     progress = Progress(total, step, silent=not verbose)
     progress.note(_opening(config, dataset, data, place, step, total))
-    scaling = {"offset": np.asarray(dataset.offset), "scale": np.asarray(dataset.scale)}
-    shape = {"shape": dataset.example_shape, "num_examples": dataset.num_examples}
 
     for number, name, phase, first in _remaining(method, after):
         phase_key = jax.random.fold_in(key, number + 1)
@@ -214,16 +215,24 @@ def _run(
             )
             if last or iteration % config.train.checkpoint_every == 0:
                 at = {"phase": name, "iteration": iteration}
-                checkpoints.save(step, state, at | shape | scaling)
+                checkpoints.save(step, state, at | about)
             where = f"{name} {iteration}/{phase.iterations}"
             progress.update(step, where, record | scores, rate)
     return state, step, step > resumed_at
 
 
 def _start(
-    method: Method, key: PRNGKeyArray, batch: Any, checkpoints: workdir.Checkpoints
+    method: Method,
+    key: PRNGKeyArray,
+    batch: Any,
+    checkpoints: workdir.Checkpoints,
+    about: dict[str, Any],
 ) -> tuple[TrainState, int, tuple[str, int] | None]:
-    """A fresh state, or the newest checkpoint with its step and (phase, iteration)."""
+    """A fresh state, or the newest checkpoint with its step and (phase, iteration).
+
+    Raises:
+        InputError: the data are not those that the checkpoint was trained on.
+    """
 
     def template(meta: dict[str, Any]) -> Any:
         return engine.state_template(method, method.phases[meta["phase"]], key, batch)
@@ -231,9 +240,25 @@ def _start(
     restored = checkpoints.restore_latest(template)
     if restored is None:
         return engine.init_state(method, key, batch), 0, None
+    if restored.meta["crc32"] != about["crc32"]:
+        raise InputError(
+            "--config.data: the examples are not those that this run was trained on (their "
+            "checksum differs); restore them, or train in a new --workdir"
+        )
     # On the device now, so that the first compiled call donates it like every other.
     state = jax.tree.map(jax.numpy.asarray, restored.state)
     return state, restored.step, (restored.meta["phase"], restored.meta["iteration"])
+
+
+def _about(dataset: Dataset) -> dict[str, Any]:
+    """What a checkpoint must know of its data: to predict on others, and to resume on these."""
+    return {
+        "shape": dataset.example_shape,
+        "num_examples": dataset.num_examples,
+        "offset": np.asarray(dataset.offset),
+        "scale": np.asarray(dataset.scale),
+        "crc32": zlib.crc32(memoryview(np.ascontiguousarray(dataset.examples)).cast("B")),
+    }
 
 
 def _remaining(

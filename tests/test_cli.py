@@ -32,7 +32,7 @@ ROOT = pathlib.Path(__file__).resolve().parents[1]
 MODULE = "import runpy; runpy.run_module('dec_diffusion.main', run_name='__main__', alter_sys=True)"
 
 CLUSTERS, EXAMPLES, STEPS = 4, 200, 20
-ITERATIONS = {"pretrain": 2, "em": 6}
+ITERATIONS = {"pretrain": 2, "balance": 2, "em": 4}
 LAST = STEPS * sum(ITERATIONS.values())
 TINY = [
     "--config=clusterddpm",
@@ -43,15 +43,14 @@ TINY = [
     "--config.method.encoder_multipliers=1",
     "--config.method.attention=",
     f"--config.method.pretrain_iterations={ITERATIONS['pretrain']}",
-    "--config.method.balance_iterations=0",
-    "--config.method.balance_iterations=0",
+    f"--config.method.balance_iterations={ITERATIONS['balance']}",
     f"--config.method.em_iterations={ITERATIONS['em']}",
     f"--config.method.steps={STEPS}",
     "--config.method.mixture_restarts=2",
     "--config.method.sample_steps=4",
     # So that a run this short finds clusters at all: one cluster only would hide differences.
     "--config.method.learning_rate=0.01",
-    "--config.method.pretrain_kl=0",
+    "--config.method.pretrain_kl=0.0",
     "--config.method.kl_weight=0.001",
     "--config.method.ema=0.5",
     f"--config.data.limit={EXAMPLES}",
@@ -210,7 +209,7 @@ def test_the_output_tells_progress_and_results(finished):
     assert lines[1].endswith(f"{LAST} steps")
     progress = [line for line in lines if re.match(r" *\d+%  ", line)]
     assert re.fullmatch(
-        r"100%  em 6/6  loss \S+  .*acc \S+  nmi \S+  [\d,]+ examples/s  0:00 left", progress[-1]
+        r"100%  em 4/4  0:00 left  [\d,]+ examples/s  loss \S+  .*acc \S+  nmi \S+", progress[-1]
     )
     assert any(line.startswith("this run ") for line in lines)
     assert f"results: {finished.workdir}" in lines

@@ -53,16 +53,15 @@ def test_a_terminal_shows_one_line_that_is_written_over():
     progress.note("opening")
     progress.update(10, "pretrain 1/10", {"loss": 123456.0, "acc": 0.5}, 1234.5)
     assert screen(stream.getvalue())[0] == "opening"
-    assert screen(stream.getvalue())[1].startswith(" 10%  pretrain 1/10  loss 1.235e+05  acc 0.5")
+    assert screen(stream.getvalue())[1].endswith("1,234 examples/s  loss 1.235e+05  acc 0.5")
     progress.update(20, "em 1/10", {"loss": 1.0}, 5.0)
     shown = screen(stream.getvalue())
     # The longer line before leaves nothing behind.
     assert len(shown) == 2
-    assert re.fullmatch(r" 20%  em 1/10  loss 1  5 examples/s  \d+:\d\d left", shown[1])
+    assert re.fullmatch(r" 20%  em 1/10  \d+:\d\d left  5 examples/s  loss 1", shown[1])
     progress.update(100, "em 10/10", {"loss": 1.0}, 5.0)
     shown = screen(stream.getvalue())
-    assert shown[1].startswith("100%  em 10/10")
-    assert shown[1].endswith("0:00 left")
+    assert shown[1] == "100%  em 10/10  0:00 left  5 examples/s  loss 1"
     assert shown[2:] == [""]
 
 
@@ -98,5 +97,5 @@ def test_time_left_counts_only_the_steps_of_this_process():
     progress = Progress(10_000, 9_399, stream=stream)
     time.sleep(0.1)
     progress.update(9_400, "em", {}, 1.0)  # at least 0.1 seconds a step, and 600 are left
-    minutes, _, _ = screen(stream.getvalue())[-1].split()[-2].partition(":")
+    minutes, _, _ = screen(stream.getvalue())[-1].split()[2].partition(":")
     assert int(minutes) >= 1

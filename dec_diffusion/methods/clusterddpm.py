@@ -83,6 +83,9 @@ class ClusterDDPM:
         mixture_restarts: starts of the first mixture, of which the likeliest is kept.
         variance_floor: lowest variance of a component, in units of the pooled variance.
         weight_prior: Dirichlet parameter of the mixture's weights; 1 is none.
+        reseed_below: share, in units of 1 / K, below which a component is re-seeded by splitting
+            the heaviest; 0 never does.
+        adam_b2: decay of Adam's second moment.
         sample_steps: denoiser calls per generated example.
         sample_guidance: guidance weight.
         sample_temperature: of the draw of z.
@@ -129,6 +132,8 @@ class ClusterDDPM:
     mixture_restarts: int = 20
     variance_floor: float = 1e-2
     weight_prior: float = 1.0
+    reseed_below: float = 0.1
+    adam_b2: float = 0.99
     sample_steps: int = 50
     sample_guidance: float = 0.0
     sample_temperature: float = 0.8
@@ -209,7 +214,7 @@ def _method(
     """The functions of the method; equation numbers as at the top of the file."""
     prediction: Prediction = s.prediction
     em_weight = s.kl_weight * kl_scale(s, grid)
-    steps = s.steps or max(1, spec.num_examples // 128)
+    steps = s.steps or spec.steps_per_epoch
 
     def level(log_snr: Array) -> Array:
         # The official network takes t / T, the others the log-SNR itself.
@@ -311,7 +316,7 @@ def _method(
             ).mixture
             dead = jnp.zeros(s.num_clusters, bool)
             if not balance:  # then weights are multipliers, not shares, and none can die
-                mixture, dead = gmm.reseed_dead(mixture)
+                mixture, dead = gmm.reseed_dead(mixture, threshold=s.reseed_below / s.num_clusters)
             log_resp, log_likelihood = gmm.log_responsibilities(mixture, mean, variance)
             share = jnp.exp(log_resp).T @ weight / weight.sum()
             info = {
@@ -347,9 +352,11 @@ def _method(
         return encode(params, ranged(batch))[0]
 
     def sample(params: Params, cluster: Mixture, key: PRNGKeyArray, component: Array) -> Array:
-        """Equation (6): one example in network scale for each component given [b]."""
-        z_key, x_key = jax.random.split(key)
+        """Equation (6): one example in network scale for each component given [b], -1 for any."""
+        c_key, z_key, x_key = jax.random.split(key, 3)
         n = component.shape[0]
+        drawn = jax.random.categorical(c_key, cluster.log_weights, shape=(n,))
+        component = jnp.where(component < 0, drawn, component)
         z, _ = gmm.sample(cluster, z_key, n, component=component, temperature=s.sample_temperature)
 
         def estimate(keep: float) -> sampling.Denoise:
@@ -407,7 +414,7 @@ def _optimiser(s: ClusterDDPM, steps: int, *, decay: bool) -> optax.GradientTran
         if decay
         else optax.linear_schedule(0.0, peak, warmup)
     )
-    return optax.chain(optax.clip_by_global_norm(s.clip), optax.adam(rate, b2=0.99))
+    return optax.chain(optax.clip_by_global_norm(s.clip), optax.adam(rate, b2=s.adam_b2))
 
 
 def _levels(s: ClusterDDPM, grid: Schedule) -> Float[Array, " steps"]:
@@ -438,9 +445,9 @@ def _check(s: ClusterDDPM) -> None:
     positive = "log_snr_std learning_rate clip".split()
     not_negative = (
         "pretrain_kl kl_weight rotate shift scale shear noise steps balance_iterations"
-        " variance_floor sample_temperature sample_guidance"
+        " variance_floor reseed_below sample_temperature sample_guidance"
     ).split()
-    shares = "uniform_noise drop_latent kl_warmup ema".split()
+    shares = "uniform_noise drop_latent kl_warmup ema adam_b2".split()
     rules = [
         (at_least_one, lambda v: v >= 1, "must be at least 1"),
         (positive, lambda v: v > 0, "must be greater than 0"),
@@ -454,3 +461,13 @@ def _check(s: ClusterDDPM) -> None:
         for name in names:
             if not holds(getattr(s, name)):
                 raise InputError(f"--config.method.{name}={getattr(s, name)}: {rule}")
+    if any(not 0 <= level < len(s.multipliers) for level in s.attention):
+        raise InputError(
+            f"--config.method.attention={s.attention}: levels are numbered from 0 to "
+            f"{len(s.multipliers) - 1}, one for each of --config.method.multipliers"
+        )
+    if s.sample_guidance and not s.drop_latent:
+        raise InputError(
+            f"--config.method.sample_guidance={s.sample_guidance}: needs a denoiser trained with "
+            "--config.method.drop_latent above 0; train one, or set the guidance to 0"
+        )
