@@ -257,7 +257,7 @@ def _about(dataset: Dataset) -> dict[str, Any]:
         "num_examples": dataset.num_examples,
         "offset": np.asarray(dataset.offset),
         "scale": np.asarray(dataset.scale),
-        "crc32": zlib.crc32(memoryview(np.ascontiguousarray(dataset.examples)).cast("B")),
+        "crc32": zlib.crc32(np.ascontiguousarray(dataset.examples).data),
     }
 
 

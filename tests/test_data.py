@@ -19,8 +19,10 @@ import pytest
 from sklearn.datasets import load_digits
 from sklearn.preprocessing import StandardScaler
 
-from dec_diffusion import data
+from dec_diffusion import data, train
+from dec_diffusion.config import Config, TrainConfig
 from dec_diffusion.data.prepared import find_prepared
+from dec_diffusion.methods.clusterddpm import ClusterDDPM
 from dec_diffusion.types import InputError
 
 IMAGES = np.random.default_rng(0).integers(0, 256, (30, 5, 4), dtype=np.uint8)
@@ -823,3 +825,28 @@ def test_published_usps():
     assert (dataset.examples.min(), dataset.examples.max()) == (0, 1)
     counts = np.bincount(dataset.labels)
     assert counts.tolist() == [1553, 1269, 929, 824, 852, 716, 834, 792, 708, 821]
+
+
+def test_a_tfds_data_set_trains(tfds_dir, tmp_path):
+    method = ClusterDDPM(
+        num_clusters=3,
+        latent=3,
+        width=4,
+        multipliers=(1,),
+        encoder_multipliers=(1,),
+        pretrain_iterations=1,
+        balance_iterations=0,
+        em_iterations=1,
+        steps=2,
+        mixture_restarts=2,
+        sample_steps=2,
+    )
+    source = data.DataConfig(name="tfds", path=str(tfds_dir), tfds_name="tiny_digits")
+    config = Config("tfds", method, source, TrainConfig(batch_size=8))
+    result = train.fit(config, tmp_path / "run", verbose=0)
+    expected = data.load(source)
+    rows = (tmp_path / "run" / "assignments.csv").read_text().splitlines()
+    assert len(rows) == 1 + expected.num_examples
+    np.testing.assert_array_equal(result.dataset.examples, expected.examples)
+    assert result.run.step == 4
+    assert 0 <= result.summary["scores"]["acc"] <= 1
