@@ -13,7 +13,12 @@
 | vectors   | any .npy or .npz of vectors           | --config.data.path=FILE                |
 | paper     | MNIST, as the authors' code trains it | --config.data.path=DIR, an accelerator |
 
-MEASURED
+Measured (mean and standard deviation over seeds 0 to 4, no selection, labels for scoring only):
+
+digits      ACC .897 +- .035, NMI .892 +- .014, ARI .838 +- .034; TIMEC
+            the command above, with --config.seed=0 ... 4
+MNISTC
+the others  not measured: no accelerator was at hand, and no USPS run has been made
 """
 
 from dec_diffusion.config import Config, TrainConfig

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from dec_diffusion.config import Config, TrainConfig
     from dec_diffusion.data import DataConfig, Dataset, from_arrays
     from dec_diffusion.methods.clusterddpm import ClusterDDPM
-    from dec_diffusion.results import sample
+    from dec_diffusion.results import generate, sample
     from dec_diffusion.train import assign, fit, load
     from dec_diffusion.types import InputError
 
@@ -27,6 +27,7 @@ _HOMES = {
     "assign": "train",
     "fit": "train",
     "from_arrays": "data",
+    "generate": "results",
     "load": "train",
     "sample": "results",
 }
@@ -41,6 +42,7 @@ __all__ = [
     "assign",
     "fit",
     "from_arrays",
+    "generate",
     "load",
     "sample",
 ]
