@@ -44,13 +44,15 @@ class Data(NamedTuple):
 
 
 def place(raw: np.ndarray, offset: Any, scale: Any, *, sweep_size: int, resident: bool) -> Data:
-    """Put a data set where the engine can reach it; arguments as for ``engine.Examples``."""
+    """Put a data set where the engine can reach it; arguments as for ``engine.Examples``.
+
+    Sweeps always have batches of ``sweep_size``, padded, so that what a row is assigned does not
+    depend on how many others there are.
+    """
     on_device = jnp.asarray(raw if resident else raw[:0])
     examples = Examples(on_device, jnp.asarray(offset), jnp.asarray(scale))
-    size = min(sweep_size, len(raw))
-    return Data(
-        raw, examples, np.asarray(engine.sweep_order(batch_size=size, num_examples=len(raw)))
-    )
+    rows = engine.sweep_order(batch_size=sweep_size, num_examples=len(raw))
+    return Data(raw, examples, np.asarray(rows))
 
 
 def first_batch(data: Data) -> Batch:
