@@ -39,6 +39,7 @@ METHODS = {
         scale=0.0,
         shear=0.0,
         noise=0.1,
+        kl_weight=0.15,  # a stronger pull magnifies the rounding in which programs differ
         pretrain_iterations=1,
         balance_iterations=0,
         em_iterations=ITERATIONS,
@@ -558,11 +559,11 @@ def test_padding_does_not_move_the_e_step(name):
         assert weight.shape == (64,) and weight.sum() == N
         other = jax.tree.map(lambda a: a.at[N:].set(7.0), features)
         update = jax.jit(phase.refresh.update)
-        found = update(params, cluster, features, weight, KEY, 0.5)
-        assert_same(update(params, cluster, other, weight, KEY, 0.5), found)
+        found = update(params, cluster, features, weight, KEY)
+        assert_same(update(params, cluster, other, weight, KEY), found)
         assert_same(found[0], params)  # an E-step leaves the networks alone
         alone = jax.tree.map(lambda a: a[:N], (features, weight))
-        assert_same(update(params, cluster, *alone, KEY, 0.5), found, 1e-4)
+        assert_same(update(params, cluster, *alone, KEY), found, 1e-4)
 
 
 @every_method
@@ -630,7 +631,7 @@ def test_no_function_of_a_method_has_room_for_labels(name):
     for phase in method.phases.values():
         assert arguments(phase.loss) == 5
         for stage in filter(None, (phase.begin, phase.refresh)):
-            assert (arguments(stage.collect), arguments(stage.update)) == (4, 6)
+            assert (arguments(stage.collect), arguments(stage.update)) == (4, 5)
 
 
 @pytest.mark.parametrize("module", [contract, engine, parallel])
@@ -662,7 +663,7 @@ def test_labels_change_no_weight_and_no_assignment(name, tmp_path):
         )
         done = train.fit(config, tmp_path / kind, verbose=0)
         results[kind] = snapshot(done.run.state), done.assignment._asdict()
-        scored[kind] = done.summary["scores"].get("acc")
+        scored[kind] = done.summary["baselines"]["kmeans_pixels"]["scores"].get("acc")
     assert scored["with"] != scored["shuffled"] and scored["without"] is None
     assert_same(results["shuffled"], results["with"])
     assert_same(results["without"], results["with"])
