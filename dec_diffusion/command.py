@@ -205,8 +205,6 @@ def _predict(trained: Run, place: Workdir) -> str:
 
 
 def _sample(trained: Run, place: Workdir) -> str:
-    if trained.method.sample is None:
-        raise InputError(f"--mode=sample: {trained.config.name} is no generative method")
     samples = results.sample(trained, seed=trained.config.seed)
     _make(place.path)
     np.save(place.path / "samples.npy", samples)

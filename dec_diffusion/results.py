@@ -126,7 +126,7 @@ def generate(run: "Run", n: int, *, seed: int = 0) -> np.ndarray:
 def _draw(run: "Run", component: np.ndarray, seed: int) -> np.ndarray:
     draw = run.method.sample
     if draw is None:
-        raise InputError(f"{run.config.name} does not generate; sample from another method")
+        raise InputError(f"--mode=sample: {run.config.name} is no generative method; use another")
     x = jax.jit(draw)(
         run.state.ema_params, run.state.cluster, jax.random.key(seed), jnp.asarray(component)
     )
