@@ -81,7 +81,7 @@ _PAPER = {
 _SMALL = {"width": 8, "multipliers": (1, 2, 2), "encoder_multipliers": (1, 2, 4)}
 
 _VARIANTS = {
-    "digits": ({}, {"name": "digits"}, {}),
+    "digits": ({}, {"name": "digits"}, {"batch_size": 96}),
     "mnist": (_LARGE, {"name": "mnist"}, {"batch_size": 256}),
     "mnist_cpu": (_SMALL, {"name": "mnist", "split": "test"}, {}),
     "fashion": (

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from dec_diffusion.config import Config, TrainConfig
     from dec_diffusion.data import DataConfig, Dataset, from_arrays
     from dec_diffusion.methods.clusterddpm import ClusterDDPM
+    from dec_diffusion.methods.neural_mixture import NeuralMixture
     from dec_diffusion.results import generate, sample
     from dec_diffusion.train import assign, fit, load
     from dec_diffusion.types import InputError
@@ -23,6 +24,7 @@ _HOMES = {
     "DataConfig": "data",
     "Dataset": "data",
     "InputError": "types",
+    "NeuralMixture": "methods.neural_mixture",
     "TrainConfig": "config",
     "assign": "train",
     "fit": "train",
@@ -38,6 +40,7 @@ __all__ = [
     "DataConfig",
     "Dataset",
     "InputError",
+    "NeuralMixture",
     "TrainConfig",
     "assign",
     "fit",

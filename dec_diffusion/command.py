@@ -173,7 +173,7 @@ def _with_settings(trained: Run, config: Config, path: str) -> Run:
 
 def _dataset(trained: Run) -> Dataset:
     """The data of the config, under the scaling of the training data."""
-    dataset = data.load(trained.config.data)
+    dataset = data.load(trained.config.data, shape=trained.spec.shape)
     if dataset.is_image and not 0.5 <= dataset.scale / np.max(trained.scale) <= 2.0:
         warnings.warn(
             f"{dataset.name}: its values span {_span(dataset.offset, dataset.scale)}, those of the "

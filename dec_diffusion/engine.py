@@ -1,8 +1,9 @@
 """The EM loop, as pure functions: no input or output, no mesh, no clock.
 
-One iteration of a phase is an E-step (sweep the data, update the mixture in closed form), then
-an M-step (a scan of gradient steps). Everything random is derived from the run's key and the
-step's number, never carried, so a run that resumes at any iteration repeats itself bit by bit.
+Entering a phase ends with an E-step (sweep the data, update the mixture in closed form). One
+iteration is an M-step (a scan of gradient steps), then an E-step. Everything random is derived
+from the run's key and the step's number, never carried, so a run that resumes at any iteration
+repeats itself bit by bit.
 """
 
 import dataclasses
@@ -179,18 +180,29 @@ def begin_phase(
     """
     params, cluster, info = state.ema_params, state.cluster, {}
     if phase.begin is not None and collected is not None:
-        params, cluster, info = phase.begin.update(params, cluster, *collected, key)
+        params, cluster, info = phase.begin.update(
+            params, cluster, *collected, key, jnp.float32(0.0)
+        )
     # Two copies, so that both can be donated.
     ema_params = jax.tree.map(jnp.copy, params)
     return TrainState(jnp.int32(0), params, ema_params, phase.tx.init(params), cluster), info
 
 
+def progress(phase: Phase, step: Int[Array, ""]) -> Float[Array, ""]:
+    """How much of the phase lies behind, from 0 to 1."""
+    return step / (phase.iterations * phase.steps)
+
+
 def e_step(
-    stage: EStage, state: TrainState, collected: Collected, key: PRNGKeyArray
+    phase: Phase, state: TrainState, collected: Collected, key: PRNGKeyArray
 ) -> tuple[TrainState, Metrics]:
     """Recompute what moves in closed form from one sweep made with the averaged weights."""
+    if phase.refresh is None:
+        return state, {}
     key = jax.random.fold_in(key, state.step)
-    _, cluster, info = stage.update(state.ema_params, state.cluster, *collected, key)
+    _, cluster, info = phase.refresh.update(
+        state.ema_params, state.cluster, *collected, key, progress(phase, state.step)
+    )
     return dataclasses.replace(state, cluster=cluster), info
 
 
@@ -198,10 +210,13 @@ def train_step(
     phase: Phase, state: TrainState, batch: Batch, key: PRNGKeyArray
 ) -> tuple[TrainState, Metrics]:
     """One gradient step of the phase's loss, and the moving average of the weights."""
-    progress = state.step / (phase.iterations * phase.steps)
     gradient = jax.value_and_grad(phase.loss, has_aux=True)
     (loss, (cluster, metrics)), grads = gradient(
-        state.params, state.cluster, batch, jax.random.fold_in(key, state.step), progress
+        state.params,
+        state.cluster,
+        batch,
+        jax.random.fold_in(key, state.step),
+        progress(phase, state.step),
     )
     updates, opt_state = phase.tx.update(grads, state.opt_state, state.params)
     params: Any = optax.apply_updates(state.params, updates)
@@ -236,10 +251,10 @@ def em_iteration(
     batch_size: int,
     sweep_size: int,
 ) -> tuple[TrainState, Metrics]:
-    """One EM iteration on resident data: E-step, then M-step. A pure scan body.
+    """One EM iteration on resident data: M-step, then E-step. A pure scan body.
 
     Args:
-        phase: the phase; its ``refresh`` is the E-step, ``steps`` the length of the M-step.
+        phase: the phase; ``steps`` is the length of the M-step, ``refresh`` the E-step.
         state: the state, at a multiple of ``phase.steps``.
         examples: the data.
         key: the phase's key, the same in every iteration.
@@ -247,22 +262,22 @@ def em_iteration(
         sweep_size: of the E-step's batches.
 
     Returns:
-        The state; scalars of the E-step and [steps] metrics of the M-step.
+        The state; [steps] metrics of the M-step and scalars of the E-step.
     """
     num_examples = examples.raw.shape[0]
     fetch = fetch_resident(examples)
     keys = iteration_keys(key)
-    info: Metrics = {}
-    if phase.refresh is not None:
-        rows = sweep_order(batch_size=sweep_size, num_examples=num_examples)
-        sweep_key = jax.random.fold_in(keys.collect, state.step)
-        collected = collect(phase.refresh, state.ema_params, state.cluster, rows, fetch, sweep_key)
-        state, info = e_step(phase.refresh, state, collected, keys.e_step)
     order = epoch_order(
         keys.order, state.step, steps=phase.steps, batch_size=batch_size, num_examples=num_examples
     )
     state, metrics = m_step(phase, state, order, fetch, keys.m_step)
-    return state, {**info, **metrics}
+    if phase.refresh is None:
+        return state, metrics
+    rows = sweep_order(batch_size=sweep_size, num_examples=num_examples)
+    sweep_key = jax.random.fold_in(keys.collect, state.step)
+    collected = collect(phase.refresh, state.ema_params, state.cluster, rows, fetch, sweep_key)
+    state, info = e_step(phase, state, collected, keys.e_step)
+    return state, {**metrics, **info}
 
 
 class IterationKeys(NamedTuple):

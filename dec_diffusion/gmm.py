@@ -306,7 +306,7 @@ def init(
 
 
 def reseed_dead(
-    mixture: Mixture, *, threshold: float | None = None
+    mixture: Mixture, *, threshold: float | Array | None = None
 ) -> tuple[Mixture, Shaped[Array, " k"]]:
     """Replace components of weight below ``threshold`` by halves of the heaviest component.
 

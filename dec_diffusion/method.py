@@ -1,22 +1,24 @@
 """What an algorithm is: a record of pure functions that the engine runs.
 
 A method is an ordered list of phases. A phase minimises one loss by gradient; on entering it,
-and before each of its iterations, something may be recomputed in closed form from one ordered
+and after each of its iterations, something may be recomputed in closed form from one ordered
 sweep over the data (a Gaussian mixture, centroids, targets). No signature has room for labels.
 """
 
-from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, Literal, NamedTuple, get_args, get_origin, get_type_hints
 
 import optax
 
-from dec_diffusion.types import Array, Batch, Metrics, Params, PRNGKeyArray
+from dec_diffusion.types import Array, Batch, InputError, Metrics, Params, PRNGKeyArray
 
 Cluster = Any
 """What moves in closed form: any pytree of arrays, ``()`` if nothing does."""
 
 
-Update = Callable[[Params, Cluster, Any, Array, PRNGKeyArray], tuple[Params, Cluster, Metrics]]
+Update = Callable[
+    [Params, Cluster, Any, Array, PRNGKeyArray, Array], tuple[Params, Cluster, Metrics]
+]
 """The closed-form part of an E-step; see ``EStage``."""
 
 
@@ -25,9 +27,10 @@ class EStage(NamedTuple):
 
     Attributes:
         collect: ``(params, cluster, batch, key) -> features``, a pytree of arrays [b, ...].
-        update: ``(params, cluster, features, weight, key) -> (params, cluster, info)``; features
-            have the leading axis n, in data order; ``weight`` [n] is 0 on padding; ``info`` is a
-            dictionary of scalars to log. Only a stage that begins a phase may change ``params``.
+        update: ``(params, cluster, features, weight, key, progress) -> (params, cluster, info)``;
+            features have the leading axis n, in data order; ``weight`` [n] is 0 on padding;
+            ``progress`` runs from 0 to 1 over the phase; ``info`` is a dictionary of scalars to
+            log. Only a stage that begins a phase may change ``params``.
     """
 
     collect: Callable[[Params, Cluster, Batch, PRNGKeyArray], Any]
@@ -44,7 +47,8 @@ class Phase(NamedTuple):
         iterations: EM iterations; after each one a run reports and may checkpoint.
         steps: gradient steps per iteration.
         begin: closed-form update on entering the phase.
-        refresh: closed-form update before every iteration: the E-step.
+        refresh: closed-form update on entering the phase, after ``begin``, and after every
+            iteration: the E-step. Clusters thus always fit the averaged weights.
         ema: decay of the averaged weights that E-steps, prediction and sampling use.
         assigns: whether ``predict`` means anything yet, so that progress can be scored.
     """
@@ -104,3 +108,26 @@ class DataSpec(NamedTuple):
     def is_image(self) -> bool:
         """Whether examples are images rather than vectors."""
         return len(self.shape) == 3
+
+
+Rule = tuple[str, Callable[[Any], bool], str]
+"""Names of settings, separated by blanks; what must hold for each; and how to say so."""
+
+
+def check_settings(settings: Any, rules: Iterable[Rule]) -> None:
+    """Check the settings of a method: fields with a fixed choice, then ``rules``.
+
+    Raises:
+        InputError: naming the first option that cannot work and the remedy.
+    """
+
+    def refuse(name: str, remedy: str) -> None:
+        raise InputError(f"--config.method.{name}={getattr(settings, name)}: {remedy}")
+
+    for name, hint in get_type_hints(type(settings)).items():
+        if get_origin(hint) is Literal and getattr(settings, name) not in get_args(hint):
+            refuse(name, f"choose one of {', '.join(map(str, get_args(hint)))}")
+    for names, holds, remedy in rules:
+        for name in names.split():
+            if not holds(getattr(settings, name)):
+                refuse(name, remedy)

@@ -93,56 +93,70 @@ def compile_phase(
     """
     # Keys are arguments, not constants of the programs, which then serve every seed.
     keys = engine.iteration_keys(key)
-    begin_sweep = _compile_collect(phase.begin, data) if phase.begin else None
+    # By function: a stage that begins a phase often collects what its E-steps collect.
+    sweeps = {
+        stage.collect: _compile_collect(stage, data)
+        for stage in (phase.begin, phase.refresh)
+        if stage
+    }
     enter = jax.jit(lambda state, collected, k: engine.begin_phase(phase, state, collected, k))
+    update = jax.jit(functools.partial(engine.e_step, phase), donate_argnums=0)
+
+    def e_step(state: TrainState) -> tuple[TrainState, Metrics]:
+        if phase.refresh is None:
+            return state, {}
+        sweep_key = jax.random.fold_in(keys.collect, state.step)
+        collected = sweeps[phase.refresh.collect](state.ema_params, state.cluster, sweep_key)
+        return update(state, collected, keys.e_step)
 
     def begin(state: TrainState) -> tuple[TrainState, dict[str, np.ndarray]]:
-        collected = begin_sweep and begin_sweep(state.ema_params, state.cluster, keys.begin)
-        return _to_host(enter(state, collected, key))
+        sweep = phase.begin and sweeps[phase.begin.collect]
+        collected = sweep and sweep(state.ema_params, state.cluster, keys.begin)
+        state, begun = enter(state, collected, key)
+        state, info = e_step(state)
+        return _to_host((state, {**begun, **info}))
 
-    if not data.resident:
-        return begin, _compile_streamed(phase, data, keys, batch_size=batch_size)
-    iteration = jax.jit(
-        lambda state, examples, k: engine.em_iteration(
-            phase, state, examples, k, batch_size=batch_size, sweep_size=data.rows.shape[1]
-        ),
-        donate_argnums=0,
-    )
-    return begin, lambda state: _to_host(iteration(state, data.examples, key))
+    if data.resident:
+        iteration = jax.jit(
+            lambda state, examples, k: engine.em_iteration(
+                phase, state, examples, k, batch_size=batch_size, sweep_size=data.rows.shape[1]
+            ),
+            donate_argnums=0,
+        )
+        return begin, lambda state: _to_host(iteration(state, data.examples, key))
+
+    m_step = _compile_streamed(phase, data, keys, batch_size=batch_size)
+
+    def iterate(state: TrainState) -> tuple[TrainState, dict[str, np.ndarray]]:
+        state, metrics = m_step(state)
+        state, info = e_step(state)
+        return _to_host((state, {**metrics, **info}))
+
+    return begin, iterate
 
 
 def _compile_streamed(
     phase: Phase, data: Data, keys: engine.IterationKeys, *, batch_size: int
-) -> Step:
-    """``engine.em_iteration``, with the data arriving in superbatches from the host."""
-    num_examples = len(data.raw)
-    stage = phase.refresh
-    sweep = _compile_collect(stage, data) if stage else None
+) -> Callable[[TrainState], tuple[TrainState, Metrics]]:
+    """The M-step of ``engine.em_iteration``, with data arriving in superbatches from the host."""
     fetch = _fetch_streamed(data.examples)
     order = jax.jit(
         lambda step, k: engine.epoch_order(
-            k, step, steps=phase.steps, batch_size=batch_size, num_examples=num_examples
+            k, step, steps=phase.steps, batch_size=batch_size, num_examples=len(data.raw)
         )
     )
-    update = jax.jit(functools.partial(engine.e_step, stage), donate_argnums=0) if stage else None
-    m_step = jax.jit(
+    steps = jax.jit(
         lambda state, rows, k: engine.m_step(phase, state, rows, fetch, k), donate_argnums=0
     )
 
-    def iterate(state: TrainState) -> tuple[TrainState, dict[str, np.ndarray]]:
-        info: Metrics = {}
-        if sweep and update:
-            sweep_key = jax.random.fold_in(keys.collect, state.step)
-            collected = sweep(state.ema_params, state.cluster, sweep_key)
-            state, info = update(state, collected, keys.e_step)
+    def m_step(state: TrainState) -> tuple[TrainState, Metrics]:
         parts = []
         for rows in _superbatches(data, np.asarray(order(state.step, keys.order))):
-            state, metrics = m_step(state, rows, keys.m_step)
+            state, metrics = steps(state, rows, keys.m_step)
             parts.append(metrics)
-        metrics = jax.tree.map(lambda *a: np.concatenate([np.asarray(x) for x in a]), *parts)
-        return _to_host((state, {**info, **metrics}))
+        return state, jax.tree.map(lambda *a: np.concatenate([np.asarray(x) for x in a]), *parts)
 
-    return iterate
+    return m_step
 
 
 def _compile_collect(stage: EStage, data: Data) -> Callable[[Params, Any, PRNGKeyArray], Collected]:

@@ -32,7 +32,7 @@ ROOT = pathlib.Path(__file__).resolve().parents[1]
 MODULE = "import runpy; runpy.run_module('dec_diffusion.main', run_name='__main__', alter_sys=True)"
 
 CLUSTERS, EXAMPLES, STEPS = 4, 200, 20
-ITERATIONS = {"pretrain": 2, "balance": 2, "em": 4}
+ITERATIONS = {"pretrain": 2, "em": 6}
 LAST = STEPS * sum(ITERATIONS.values())
 TINY = [
     "--config=clusterddpm",
@@ -43,8 +43,8 @@ TINY = [
     "--config.method.encoder_multipliers=1",
     "--config.method.attention=",
     f"--config.method.pretrain_iterations={ITERATIONS['pretrain']}",
-    f"--config.method.balance_iterations={ITERATIONS['balance']}",
-    f"--config.method.em_iterations={ITERATIONS['em']}",
+    "--config.method.balance_iterations=2",
+    f"--config.method.em_iterations={ITERATIONS['em'] - 2}",
     f"--config.method.steps={STEPS}",
     "--config.method.mixture_restarts=2",
     "--config.method.sample_steps=4",
@@ -366,6 +366,17 @@ def test_predict_assigns_new_data_with_the_scaling_of_the_old(capsys, finished, 
     np.testing.assert_allclose(*probability, atol=1e-4)
 
 
+def test_one_image_is_enough_to_predict(finished, copy, tmp_path):
+    from sklearn.datasets import load_digits
+
+    rows = rows_of(finished.workdir / "assignments.csv")
+    np.save(tmp_path / "new.npy", load_digits().images.astype(np.uint8)[[int(rows[7]["index"])]])
+    new = ["--config.data.name=npy", f"--config.data.path={tmp_path / 'new.npy'}"]
+    assert main.execute(["main", "--mode=predict", f"--workdir={copy}", *new]) == 0
+    (got,) = rows_of(copy / "predict" / "assignments.csv")
+    assert got["cluster"] == rows[7]["cluster"]
+
+
 def test_predict_warns_of_other_units(capsys, copy, tmp_path):
     np.save(tmp_path / "new.npy", np.random.default_rng(0).random((20, 8, 8)))
     new = ["--config.data.name=npy", f"--config.data.path={tmp_path / 'new.npy'}"]
@@ -674,8 +685,8 @@ BAD = {
     "complex numbers": (lambda t: npy(t, RANDOM * 1j), ["data.npy", "complex"]),
     "objects": (lambda t: npy(t, np.array([{}, []], object)), ["data.npy", "cannot be read"]),
     "no examples": (lambda t: npy(t, RANDOM[:0]), ["data.npy", "0 examples"]),
-    "one example": (lambda t: npy(t, RANDOM[:1]), ["data.npy", "only 1 example"]),
-    "identical examples": (lambda t: npy(t, np.ones((60, 8, 8))), ["data.npy", "identical"]),
+    "one example": (lambda t: npy(t, RANDOM[:1]), ["--config.data", "only 1 example"]),
+    "identical examples": (lambda t: npy(t, np.ones((60, 8, 8))), ["--config.data", "identical"]),
     # settings against the data, and against reason
     "K of 1": (lambda t: [*TINY, "--config.method.num_clusters=1"], ["num_clusters=1", "least 2"]),
     "K above distinct examples": (

@@ -170,13 +170,25 @@ def test_kl_scale():
         prediction="eps",
         uniform_noise=1.0,
     )
-    scale = clusterddpm.kl_scale(paper, clusterddpm._schedule(paper))
+    noise = clusterddpm.Noise(-1.5, 1.0)
+    scale = clusterddpm.kl_scale(paper, clusterddpm._schedule(paper), noise)
     np.testing.assert_allclose(scale, 1 / 6.196, rtol=1e-3)
-    normal = ClusterDDPM(log_snr_mean=-1.5, log_snr_std=1.0)
-    scale = clusterddpm.kl_scale(normal, clusterddpm._schedule(normal))
+    normal = ClusterDDPM()
+    scale = clusterddpm.kl_scale(normal, clusterddpm._schedule(normal), noise)
     # 1/2 the integral of sigmoid from -3.5 to 0.5, in closed form.
     exact = 0.5 * (np.log1p(np.exp(0.5)) - np.log1p(np.exp(-3.5)))
     np.testing.assert_allclose(scale, 1 / exact, rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("shape", "expected"),
+    [((8, 8, 1), -1.5), ((28, 28, 1), -1.5 - 2 * np.log(3.5)), ((16, 4, 3), -1.5), ((7,), -1.5)],
+)
+def test_larger_images_are_shown_with_more_noise(shape, expected):
+    """Averaging over k x k pixels divides the variance of the noise by k^2."""
+    spec = DataSpec(shape, 100)
+    np.testing.assert_allclose(clusterddpm.log_snr_mean(ClusterDDPM(), spec), expected)
+    assert clusterddpm.log_snr_mean(ClusterDDPM(log_snr_mean=0.5), spec) == 0.5
 
 
 def examples(n=40, shape=(8, 8, 1), seed=0):
@@ -189,7 +201,7 @@ VARIANTS = {
     "colour, odd size, attention": ((7, 5, 3), {"multipliers": (1, 2), "attention": (1,)}),
     "bfloat16": ((8, 8, 1), {"dtype": "bfloat16"}),
     "no views": ((8, 8, 1), {"rotate": 0.0, "shift": 0.0, "scale": 0.0, "shear": 0.0}),
-    "second view as target, flips": ((8, 8, 1), {"target_view": True, "flip": True}),
+    "flips": ((8, 8, 1), {"flip": True}),
     "vectors": ((6,), {"noise": 0.1}),
     "as the official code": (
         (8, 8, 1),
@@ -272,7 +284,9 @@ def test_pretraining_loss_is_the_weighted_sum_of_its_parts():
 def test_kl_weight_rises_from_zero():
     method = ClusterDDPM(**TINY, kl_weight=0.5, kl_warmup=0.2).build(DataSpec((8, 8, 1), 40))
     settings = ClusterDDPM(kl_weight=0.5)
-    full = 0.5 * clusterddpm.kl_scale(settings, clusterddpm._schedule(settings))
+    full = 0.5 * clusterddpm.kl_scale(
+        settings, clusterddpm._schedule(settings), clusterddpm.Noise(-1.5, 1.0)
+    )
     batch = engine.fetch_resident(examples())(jnp.arange(16))
     key = jax.random.key(0)
     params, cluster = jax.jit(method.init)(key, batch)
@@ -294,18 +308,30 @@ def test_mixture_is_fitted_to_everything_and_padding_has_no_effect():
     start = gmm.Mixture(jnp.log(jnp.full(3, 1 / 3)), mean[:3], jnp.ones((3, 3)))
     padded = jnp.concatenate([mean, 1e3 * jnp.ones((9, 3))]), jnp.ones((49, 3))
     weight = jnp.concatenate([jnp.ones(40), jnp.zeros(9)])
-    _, one, info = stage.update({}, start, (mean, variance), jnp.ones(40), key)
+    _, one, info = stage.update({}, start, (mean, variance), jnp.ones(40), key, 1.0)
     variance_padded = jnp.concatenate([variance, padded[1][40:]])
-    _, two, _ = stage.update({}, start, (padded[0], variance_padded), weight, key)
+    _, two, _ = stage.update({}, start, (padded[0], variance_padded), weight, key, 1.0)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), one, two)
     assert 0 < info["smallest_weight"] <= info["largest_weight"] < 1
-    balanced = ClusterDDPM(**{**TINY, "balance_iterations": 1}).build(DataSpec((8, 8, 1), 40))
-    assert list(balanced.phases) == ["pretrain", "balance", "em"]
-    assert balanced.phases["em"].begin is None  # it goes on with the balanced mixture
-    stage = balanced.phases["balance"].refresh
+
+
+def test_the_first_e_steps_balance_the_components():
+    settings = {**TINY, "balance_iterations": 2, "em_iterations": 3}
+    method = ClusterDDPM(**settings).build(DataSpec((8, 8, 1), 40))
+    assert list(method.phases) == ["pretrain", "em"] and method.phases["em"].iterations == 5
+    stage = method.phases["em"].refresh
     assert stage is not None
-    _, _, info = stage.update({}, start, (mean, variance), jnp.ones(40), key)
-    np.testing.assert_allclose(info["smallest_weight"], info["largest_weight"], atol=0.02)
+    key = jax.random.key(1)
+    mean = jnp.asarray(np.random.default_rng(0).normal(size=(40, 3)), jnp.float32)
+    start = gmm.Mixture(jnp.log(jnp.full(3, 1 / 3)), mean[:3], jnp.ones((3, 3)))
+    update = jax.jit(stage.update)
+    spread = []
+    for iteration in range(6):
+        progress = jnp.float32(iteration) / 5
+        features = mean, jnp.full((40, 3), 0.1)
+        info = update({}, start, features, jnp.ones(40), key, progress)[2]
+        spread.append(float(info["largest_weight"] - info["smallest_weight"]))
+    assert max(spread[:2]) < 0.02 < min(spread[2:])
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,9 @@ from dec_diffusion.config import Config, TrainConfig
 from dec_diffusion.data import DataConfig
 from dec_diffusion.method import DataSpec, Method
 from dec_diffusion.methods.clusterddpm import ClusterDDPM
+from dec_diffusion.methods.neural_mixture import NeuralMixture
 from dec_diffusion.types import InputError
+from dec_diffusion.views import View
 
 SHIPPED = sorted((pathlib.Path(__file__).resolve().parents[1] / "configs").glob("*.py"))
 
@@ -253,6 +255,6 @@ def test_configs_are_documented_and_their_runs_named_apart():
 
 def test_every_field_is_described():
     """The documentation of an option is in its dataclass, and must not fall behind."""
-    for kind in (Config, TrainConfig, DataConfig, ClusterDDPM):
+    for kind in (Config, TrainConfig, DataConfig, ClusterDDPM, NeuralMixture, View):
         for field in dataclasses.fields(kind):
             assert field.name in (kind.__doc__ or ""), f"{kind.__name__}.{field.name}"

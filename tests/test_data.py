@@ -578,8 +578,6 @@ _BAD = {
         ["x.npy", "channels first", "transpose"],
     ),
     "no examples": (_npy(FLOATS[:0]), {"name": "npy"}, ["x.npy", "0 examples"]),
-    "one example": (_npy(FLOATS[:1]), {"name": "npy"}, ["x.npy", "1 example"]),
-    "identical": (_npy(np.ones((5000, 3))), {"name": "npy"}, ["x.npy", "5000 examples are ident"]),
     "nan": (
         _npy(_with(_with(FLOATS, (7, 2), np.nan), (9, 1), np.inf)),
         {"name": "npy"},
@@ -756,6 +754,19 @@ def test_check_clusters_refuses(num_clusters, batch_size, expected):
     with pytest.raises(InputError) as error:
         data.check_clusters(dataset, num_clusters, batch_size)
     check_message(error, *expected)
+
+
+@pytest.mark.parametrize(
+    ("examples", "expected"),
+    [(IMAGES[:1], "only 1 example"), (np.ones((5000, 3)), "5000 examples of array are identical")],
+)
+def test_what_cannot_be_clustered_can_still_be_assigned(examples, expected):
+    dataset = data.from_arrays(examples)
+    scaled = (dataset.examples.astype(np.float32) - dataset.offset) / dataset.scale
+    assert np.isfinite(scaled).all() and dataset.num_examples == len(examples)
+    with pytest.raises(InputError) as error:
+        data.check_clusters(dataset, 2, 1)
+    check_message(error, "--config.data", expected)
 
 
 @pytest.mark.parametrize(

@@ -21,6 +21,7 @@ from dec_diffusion.config import Config, TrainConfig
 from dec_diffusion.data import DataConfig
 from dec_diffusion.method import DataSpec, EStage, Method, Phase
 from dec_diffusion.methods.clusterddpm import ClusterDDPM
+from dec_diffusion.methods.neural_mixture import NeuralMixture
 
 KEY = jax.random.key(11)
 N, BATCH, SWEEP, STEPS, ITERATIONS = 60, 8, 16, 3, 3
@@ -47,7 +48,21 @@ METHODS = {
         mixture_iterations=3,
         mixture_restarts=2,
         sample_steps=2,
-    )
+    ),
+    "neural_mixture": NeuralMixture(
+        num_clusters=3,
+        heads=2,
+        networks=2,
+        width=4,
+        hidden=8,
+        rotate=0.0,
+        shift=0.0,
+        scale=0.0,
+        shear=0.0,
+        noise=0.1,
+        iterations=ITERATIONS,
+        steps=STEPS,
+    ),
 }
 
 
@@ -114,11 +129,11 @@ def least_squares(*, tx=None, begin=None, trace=lambda name: None) -> Method:
         draw = jax.random.uniform(key, x.shape[:1])
         return {"x": x, "fit": (x * params["w"]).sum(-1), "index": batch["index"], "draw": draw}
 
-    def update(params, cluster, features, weight, key):
+    def update(params, cluster, features, weight, key, progress):
         trace("update")
         m = weight @ features["x"] / weight.sum()
         c = weight @ features["fit"] / weight.sum()
-        return params, {**cluster, "m": m, "c": c}, {"rows": weight.sum()}
+        return params, {**cluster, "m": m, "c": c}, {"rows": weight.sum(), "e_progress": progress}
 
     def predict(params, cluster, batch, key):
         return jax.nn.log_softmax(batch["image"] * params["w"])
@@ -139,7 +154,8 @@ def entered(method: Method, data: parallel.Data) -> tuple[Phase, engine.TrainSta
     """The method's first phase, and a state that has just entered it."""
     phase = next(iter(method.phases.values()))
     state = engine.init_state(method, KEY, parallel.first_batch(data))
-    return phase, engine.begin_phase(phase, state, None, KEY)[0]
+    begin, _ = parallel.compile_phase(phase, data, KEY, batch_size=BATCH)
+    return phase, begin(state)[0]
 
 
 def iterated(method: Method, data: parallel.Data, iterations: int = ITERATIONS):
@@ -172,16 +188,16 @@ def by_hand(w, iterations):
         engine.iteration_keys(KEY).order, 0, steps=iterations * STEPS, batch_size=BATCH,
         num_examples=N,
     )  # fmt: skip
-    ema, losses = w, []
+    m, c, ema, losses = x.mean(0), (x @ w).mean(), w, []
     for step, rows in enumerate(np.asarray(order)):
-        if step % STEPS == 0:
-            m, c = x.mean(0), (x @ ema).mean()
         batch = x[rows]
         error = batch @ w - ((batch - m) ** 2).sum(1) - c
         losses.append((error**2).mean())
         w = w - RATE * 2 / BATCH * error @ batch
         decay = min(EMA, (1 + step) / (10 + step))
         ema = decay * ema + (1 - decay) * w
+        if step % STEPS == STEPS - 1:
+            c = (x @ ema).mean()
     return w, ema, {"m": m, "c": c}, losses
 
 
@@ -297,6 +313,8 @@ def test_progress_and_draws_of_a_phase():
     total = STEPS * ITERATIONS
     progress = np.concatenate([r["progress"] for r in records])
     np.testing.assert_allclose(progress, np.arange(total) / total, rtol=1e-6)
+    after = [r["e_progress"] for r in records]
+    np.testing.assert_allclose(after, np.arange(1, ITERATIONS + 1) / ITERATIONS, rtol=1e-6)
     assert len({float(d) for r in records for d in r["draw"]}) == total
 
 
@@ -324,7 +342,7 @@ def test_entering_a_phase_starts_from_the_average_with_a_fresh_optimiser():
 
 
 def test_a_stage_that_begins_a_phase_may_change_everything():
-    def update(params, cluster, features, weight, key):
+    def update(params, cluster, features, weight, key, progress):
         mean = weight @ features["x"] / weight.sum()
         # What was collected must come from the averaged weights.
         fit = weight @ features["fit"] / weight.sum()
@@ -333,15 +351,21 @@ def test_a_stage_that_begins_a_phase_may_change_everything():
     method = least_squares()
     begin = EStage(method.phases["only"].refresh.collect, update)
     method, data = least_squares(begin=begin), table()
+    phase = method.phases["only"]._replace(refresh=None)
     state = engine.init_state(method, KEY, parallel.first_batch(data))
     state = dataclasses.replace(state, ema_params={"w": jnp.array([1.0, -1.0, 2.0])})
-    enter, _ = parallel.compile_phase(method.phases["only"], data, KEY, batch_size=BATCH)
+    enter, _ = parallel.compile_phase(phase, data, KEY, batch_size=BATCH)
     after, info = enter(state)
     x = (RAW - OFFSET) / SCALE
     np.testing.assert_allclose(after.params["w"], x.mean(0), rtol=1e-5, atol=1e-6)
     assert_same(after.ema_params, after.params)
     np.testing.assert_allclose(after.cluster["c"], (x @ [1.0, -1.0, 2.0]).mean(), rtol=1e-4)
     assert info == {"rows": N}
+    # The first E-step comes after, and sees the weights that the stage has left.
+    enter, _ = parallel.compile_phase(method.phases["only"], data, KEY, batch_size=BATCH)
+    fitted, _ = enter(state)
+    assert_same(fitted.params, after.params)
+    np.testing.assert_allclose(fitted.cluster["c"], (x @ x.mean(0)).mean(), rtol=1e-3)
 
 
 def test_an_m_step_is_a_loop_of_steps():
@@ -559,11 +583,12 @@ def test_padding_does_not_move_the_e_step(name):
         assert weight.shape == (64,) and weight.sum() == N
         other = jax.tree.map(lambda a: a.at[N:].set(7.0), features)
         update = jax.jit(phase.refresh.update)
-        found = update(params, cluster, features, weight, KEY)
-        assert_same(update(params, cluster, other, weight, KEY), found)
+        half = jnp.float32(0.5)
+        found = update(params, cluster, features, weight, KEY, half)
+        assert_same(update(params, cluster, other, weight, KEY, half), found)
         assert_same(found[0], params)  # an E-step leaves the networks alone
         alone = jax.tree.map(lambda a: a[:N], (features, weight))
-        assert_same(update(params, cluster, *alone, KEY), found, 1e-4)
+        assert_same(update(params, cluster, *alone, KEY, half), found, 1e-4)
 
 
 @every_method
@@ -631,7 +656,7 @@ def test_no_function_of_a_method_has_room_for_labels(name):
     for phase in method.phases.values():
         assert arguments(phase.loss) == 5
         for stage in filter(None, (phase.begin, phase.refresh)):
-            assert (arguments(stage.collect), arguments(stage.update)) == (4, 5)
+            assert (arguments(stage.collect), arguments(stage.update)) == (4, 6)
 
 
 @pytest.mark.parametrize("module", [contract, engine, parallel])

@@ -30,7 +30,7 @@ from dec_diffusion.networks.unet import UNet
 KEY = jax.random.key(0, impl="unsafe_rbg")  # compiles faster
 B, LATENT = 2, 3
 SMALL = UNet(4, (1, 2))
-BLOCKS = ["down_0_0", "down_1_0", "middle_0", "middle_1", "up_1_0", "up_0_0"]
+BLOCKS = ["down_0_0", "down_1_0", "middle", "up_1_0", "up_0_0"]
 
 
 def normal(*shape, seed=0):
@@ -121,7 +121,9 @@ def test_convolutions_in_a_scan_are_those_outside(form, stride):
 
 
 def test_the_canonical_form_is_for_stride_one():
-    assert conv_form(1) in ("lax", "canonical") and conv_form(2) in ("lax", "im2col")
+    assert conv_form((4, 8, 8, 16), 1) in ("lax", "canonical")
+    for shape, stride in [((4, 8, 8, 16), 2), ((4, 2, 8, 16), 1), ((4, 8, 8, 3), 1)]:
+        assert conv_form(shape, stride) in ("lax", "im2col")
     with pytest.raises(ValueError, match="stride"):
         conv2d(normal(1, 4, 4, 1), normal(3, 3, 1, 1), stride=2, form="canonical")
 
@@ -370,9 +372,11 @@ def test_networks_vmap_over_parameters():
 # -- encoders, vectors and the official networks --
 
 
+@pytest.mark.parametrize("blocks", [0, 2])
 @pytest.mark.parametrize("shape", [(5, 7, 3), (8, 8, 1), (28, 28, 1)])
-def test_encoder_takes_any_size(shape):
-    params, out = shapes_of(Encoder(LATENT, 4, (1, 2, 2), hidden=8), normal(B, *shape))
+def test_encoder_takes_any_size(shape, blocks):
+    params, out = shapes_of(Encoder(LATENT, 4, (1, 2, 2), blocks, hidden=8), normal(B, *shape))
+    assert sum("ResBlock" in name for name in params) == 3 * blocks
     assert [(a.shape, a.dtype) for a in out] == [((B, LATENT), jnp.float32)] * 2
     assert params["Dense_0"]["kernel"].shape[0] == 8 * np.prod([-(-n // 4) for n in shape[:2]])
 

@@ -60,7 +60,7 @@ class Centres:
             value, aux = loss(params, cluster, batch, key, progress)
             return jnp.where(progress >= self.loss_breaks_at, jnp.nan, value), aux
 
-        def mean(params, cluster, x, weight, key):
+        def mean(params, cluster, x, weight, key, progress):
             return params, weight @ x / weight.sum(), {"rows": weight.sum()}
 
         def rate(count):

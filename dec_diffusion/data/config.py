@@ -3,13 +3,18 @@
 import dataclasses
 import difflib
 from collections.abc import Iterable
+from pathlib import Path
+from typing import Literal, get_args, get_origin, get_type_hints
 
 from dec_diffusion.types import InputError
 
 ARRAY_NAMES = ("array", "npy", "npz")
 IDX_NAMES = ("idx", "mnist", "fashion-mnist")
-NAMES = ("digits", *IDX_NAMES, *ARRAY_NAMES, "usps", "tfds")
+BINARY_NAMES = ("cifar10", "cifar100", "stl10")
+FILELESS = ("digits", "blobs")
+NAMES = (*FILELESS, *IDX_NAMES, *ARRAY_NAMES, "usps", *BINARY_NAMES, "folder", "tfds")
 SPLITS = ("train", "test", "all")
+CIFAR100_LABELS = ("coarse", "fine")
 
 
 @dataclasses.dataclass
@@ -19,74 +24,130 @@ class DataConfig:
     Attributes:
       name: The source.
         ``digits``: scikit-learn's 1,797 8x8 digits; no file, no network, ``path`` stays unset.
+        ``blobs``: 1,000 points of the plane in round groups, drawn anew; likewise without a file.
         ``mnist``, ``fashion-mnist``, ``idx``: the folder with the four IDX files
         (``train-images-idx3-ubyte`` and so on, gzipped or not), or one IDX file of images.
         ``npy``, ``npz``, ``array``: a NumPy file of images [n, h, w] or [n, h, w, c] or of
-        vectors [n, d]; the three names mean the same, what the file holds decides.
+        vectors [n, d]; the three names mean the same, what the file holds decides. Where ``path``
+        is a folder, ``array`` is ``folder``.
         ``usps``: ``usps.h5`` with groups ``train`` and ``test``, each ``data`` [n, 256] in
         [0, 1] and ``target`` [n]; needs h5py.
+        ``cifar10``, ``cifar100``, ``stl10``: the binary version, as the archive that was
+        downloaded (``cifar-10-binary.tar.gz``, ``cifar-100-binary.tar.gz``,
+        ``stl10_binary.tar.gz``) or the folder extracted from it.
+        ``folder``: a folder of images in any format that Pillow reads, in folders of any depth,
+        of any sizes and modes, made one size; needs no labels.
         ``tfds``: a data set already prepared by TFDS in array_record or tfrecord format.
       path: The file or folder, ``~`` allowed. For ``tfds`` either the folder that holds
         ``dataset_info.json``, or the data directory above it (unset: ``$TFDS_DATA_DIR``, else
         ``~/tensorflow_datasets``).
       split: ``train``, ``test`` or ``all`` (every split, one after the other, train first).
         For ``digits`` train is the first 80% (1,437) and test the rest. A NumPy file has a split
-        only if its keys say so, as ``x_train`` or ``train_images`` do. ``tfds`` also takes the
-        split syntax of TFDS, such as ``train[:10%]+test``.
+        only if its keys say so, as ``x_train`` or ``train_images`` do. ``folder`` has none.
+        ``stl10`` also has ``unlabeled``, 100,000 images that ``all`` leaves out. ``tfds`` also
+        takes the split syntax of TFDS, such as ``train[:10%]+test``.
       limit: Use only this many examples, at least 2: a fixed pseudo-random subset in input
         order. A smaller limit is a subset of a larger one; a limit above the size has no effect.
+      blobs: For ``blobs``: ``gmm4`` (four equal groups on a square), ``gmm10`` (ten on a ring) or
+        ``imb3`` (three of 70%, 20% and 10%). Unset: ``gmm4``.
       tfds_name: For ``tfds``: the data set, as ``mnist``, ``name/config`` or ``name:1.0.0``.
         Not needed where ``path`` leads to one data set only.
       image_key: The array in the ``.npz`` or feature in the TFDS data set that holds the
         examples. Unset: the usual names are tried. An ``.npz`` array named here is taken
         whole, so ``split`` must be ``all``.
-      label_key: The same for the labels, which are optional and used for scoring only.
+      label_key: The same for the labels, which are optional and used for scoring only. For
+        ``cifar100``: ``coarse`` (20 classes) or ``fine`` (100). Unset: ``coarse``.
+      size: For ``folder``: height and width that all images get, in pixels. Unset: the size that
+        most of them have, or, where none has a majority, a square of the median of their shorter
+        sides; in both cases scaled down to 64 pixels if larger. Images keep their aspect: what
+        sticks out is cut off on both sides.
+      colour: For ``folder``: ``auto`` (three channels if any image has a colour, else one),
+        ``grey`` (always one) or ``rgb`` (always three).
+      broken: For ``folder``: what happens on a file that is no image or cannot be decoded:
+        ``refuse`` (stop and name it) or ``skip`` (leave it out with a warning).
+      labels: For ``folder``: ``folders`` makes the name of the folder that an image lies in its
+        label, for scoring only. ``none``: no labels.
     """
 
     name: str = "digits"
     path: str | None = None
     split: str = "all"
     limit: int | None = None
+    blobs: str | None = None
     tfds_name: str | None = None
     image_key: str | None = None
     label_key: str | None = None
+    size: int | None = None
+    colour: Literal["auto", "grey", "rgb"] = "auto"
+    broken: Literal["refuse", "skip"] = "refuse"
+    labels: Literal["none", "folders"] = "none"
+
+
+CHOICES = {
+    name: hint for name, hint in get_type_hints(DataConfig).items() if get_origin(hint) is Literal
+}
+"""The fields that take one of a few words."""
 
 
 def check_config(config: DataConfig) -> str:
     """Check the fields against each other and return the canonical source name.
 
     Raises:
-      InputError: an unknown name or split, a limit below 2, or an option the source ignores.
+      InputError: an unknown name or split, a limit or size that is too small, or an option the
+        source ignores.
     """
     name = config.name.lower().replace("_", "-")
     if name not in NAMES:
         raise InputError(
             f"--config.data.name={config.name}: unknown source; {suggest(name, NAMES)}"
         )
-    if name != "tfds" and config.split not in SPLITS:
+    if name == "array" and config.path and Path(config.path).expanduser().is_dir():
+        name = "folder"
+    splits = (*SPLITS, "unlabeled") if name == "stl10" else SPLITS
+    if name != "tfds" and config.split not in splits:
         raise InputError(
-            f"--config.data.split={config.split}: unknown split; {suggest(config.split, SPLITS)}"
+            f"--config.data.split={config.split}: unknown split; {suggest(config.split, splits)}"
         )
     if config.limit is not None and config.limit < 2:
         raise InputError(
             f"--config.data.limit={config.limit}: must be at least 2; leave it unset to use all"
         )
-    if name == "digits" and config.path is not None:
+    if name in FILELESS and config.path is not None:
         raise InputError(
-            f"--config.data.path={config.path}: digits come without a file; also give"
-            f" --config.data.name, one of {', '.join(n for n in NAMES if n != 'digits')}"
+            f"--config.data.path={config.path}: {name} come without a file; also give"
+            f" --config.data.name, one of {', '.join(n for n in NAMES if n not in FILELESS)}"
         )
-    if name not in ("digits", "tfds") and not config.path:
+    if name not in (*FILELESS, "tfds") and not config.path:
         raise InputError(f"--config.data.name={config.name}: also needs --config.data.path=...")
-    users = {"tfds_name": ("tfds",)} | dict.fromkeys(
-        ("image_key", "label_key"), (*ARRAY_NAMES, "tfds")
-    )
+    users = {
+        "blobs": ("blobs",),
+        "tfds_name": ("tfds",),
+        "image_key": (*ARRAY_NAMES, "tfds"),
+        "label_key": (*ARRAY_NAMES, "cifar100", "tfds"),
+    } | dict.fromkeys(("size", *CHOICES), ("folder",))
+    unset = DataConfig()
     for option, names in users.items():
-        if getattr(config, option) is not None and name not in names:
+        if getattr(config, option) != getattr(unset, option) and name not in names:
             raise InputError(
                 f"--config.data.{option}: has no meaning with --config.data.name={config.name}"
                 f" (only with {', '.join(names)}); leave it unset"
             )
+    for option, hint in CHOICES.items():
+        if getattr(config, option) not in get_args(hint):
+            given = getattr(config, option)
+            raise InputError(
+                f"--config.data.{option}={given}: unknown; {suggest(given, get_args(hint))}"
+            )
+    if config.size is not None and config.size < 4:
+        raise InputError(
+            f"--config.data.size={config.size}: must be at least 4 pixels; leave it unset to take"
+            " the size of the images"
+        )
+    if name == "cifar100" and config.label_key not in (None, *CIFAR100_LABELS):
+        raise InputError(
+            f"--config.data.label_key={config.label_key}: CIFAR-100 has no such labels;"
+            f" {suggest(config.label_key, CIFAR100_LABELS)}"
+        )
     return name
 
 

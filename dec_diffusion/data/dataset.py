@@ -135,9 +135,11 @@ def check_clusters(dataset: Dataset, num_clusters: int, batch_size: int) -> None
     """Check that the data can form ``num_clusters`` clusters and fill one batch.
 
     Raises:
-      InputError: fewer than 2 clusters, more clusters than distinct examples, or a batch size
-        below 1 or above the number of examples.
+      InputError: fewer than 2 examples or all of them identical, fewer than 2 clusters, more
+        clusters than distinct examples, or a batch size below 1 or above the number of examples.
     """
+    if dataset.num_examples < 2:
+        raise InputError(f"--config.data: {dataset.name} holds only 1 example; give at least 2")
     if num_clusters < 2:
         raise InputError(f"--config.method.num_clusters={num_clusters}: must be at least 2")
     distinct: set[bytes] = set()
@@ -146,6 +148,11 @@ def check_clusters(dataset: Dataset, num_clusters: int, batch_size: int) -> None
         if len(distinct) >= num_clusters:
             break
     else:
+        if len(distinct) == 1:
+            raise InputError(
+                f"--config.data: all {dataset.num_examples} examples of {dataset.name} are"
+                " identical, so there is nothing to cluster; check how the data were written"
+            )
         raise InputError(
             f"--config.method.num_clusters={num_clusters}: {dataset.name} has only"
             f" {len(distinct)} distinct examples; ask for at most that many clusters"
@@ -210,23 +217,16 @@ def _clean_labels(labels: np.ndarray, num_examples: int, source: str) -> np.ndar
 
 
 def _check_values(examples: np.ndarray, rows: np.ndarray, source: str) -> None:
-    """Refuse values that are not finite in float32, and data without any contrast."""
-    if examples.dtype != np.uint8:
-        finite = np.isfinite(examples)
-        if not finite.all():
-            count = finite.size - np.count_nonzero(finite)
-            first = np.argmin(finite.reshape(len(finite), -1).all(axis=1))
-            raise InputError(
-                f"{source}: {count} values are NaN, infinite or beyond float32, the first in"
-                f" example {rows[first]}; repair or drop those examples"
-            )
-    if len(examples) < 2:
-        raise InputError(f"{source}: holds only 1 example; give at least 2")
-    chunks = (examples[i : i + _CHUNK] for i in range(0, len(examples), _CHUNK))
-    if all((chunk == examples[0]).all() for chunk in chunks):
+    """Refuse values that are not finite in float32."""
+    if examples.dtype == np.uint8:
+        return
+    finite = np.isfinite(examples)
+    if not finite.all():
+        count = finite.size - np.count_nonzero(finite)
+        first = np.argmin(finite.reshape(len(finite), -1).all(axis=1))
         raise InputError(
-            f"{source}: all {len(examples)} examples are identical, so there is nothing to"
-            " cluster; check how the data were written"
+            f"{source}: {count} values are NaN, infinite or beyond float32, the first in"
+            f" example {rows[first]}; repair or drop those examples"
         )
 
 
@@ -240,7 +240,8 @@ def _image_scaling(
             low, high = 0.0, high if high < 64 else 255.0
     else:
         low, high = nominal
-    return np.float32((high + low) / 2), np.float32((high - low) / 2)
+    # A single flat image has no range, and may still be assigned under another scaling.
+    return np.float32((high + low) / 2), np.float32((high - low) / 2 or 1.0)
 
 
 def _moments(vectors: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -1,12 +1,17 @@
 """From a config to a data set."""
 
-from dec_diffusion.data import files, prepared
-from dec_diffusion.data.config import ARRAY_NAMES, IDX_NAMES, DataConfig, check_config
+from dec_diffusion.data import binary, files, folder, prepared, synthetic
+from dec_diffusion.data.config import ARRAY_NAMES, BINARY_NAMES, IDX_NAMES, DataConfig, check_config
 from dec_diffusion.data.dataset import Dataset
 
 
-def load(config: DataConfig) -> Dataset:
+def load(config: DataConfig, *, shape: tuple[int, ...] | None = None) -> Dataset:
     """Read, validate and scale the data that ``config`` names.
+
+    Args:
+      config: what to read.
+      shape: of one example of the training data, if this is to go through a trained run; the
+        images of a folder are then made that size.
 
     Raises:
       InputError: options that do not fit together, or files that are missing, broken or hold
@@ -15,10 +20,18 @@ def load(config: DataConfig) -> Dataset:
     name = check_config(config)
     if name == "digits":
         return files.read_digits(config)
+    if name == "blobs":
+        return synthetic.read_blobs(config)
     if name in IDX_NAMES:
         return files.read_idx(config, name)
     if name in ARRAY_NAMES:
         return files.read_array(config)
     if name == "usps":
         return files.read_usps(config)
+    if name == "stl10":
+        return binary.read_stl10(config)
+    if name in BINARY_NAMES:
+        return binary.read_cifar(config, name)
+    if name == "folder":
+        return folder.read_folder(config, shape)
     return prepared.read_tfds(config)

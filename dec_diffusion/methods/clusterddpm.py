@@ -21,15 +21,16 @@ what each does are listed in docs/clusterddpm.md.
 """
 
 import dataclasses
-from typing import Any, Literal
+import math
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 
-from dec_diffusion import gmm, sampling, schedule, views
+from dec_diffusion import gmm, optimiser, sampling, schedule, views
 from dec_diffusion.gmm import Mixture
-from dec_diffusion.method import DataSpec, EStage, Method, Phase, Update
+from dec_diffusion.method import DataSpec, EStage, Method, Phase, Rule, check_settings
 from dec_diffusion.networks import Network, clusterddpm_networks
 from dec_diffusion.schedule import Prediction, Schedule
 from dec_diffusion.types import Array, Batch, Float, InputError, Metrics, Params, PRNGKeyArray
@@ -47,6 +48,7 @@ class ClusterDDPM:
         width: channels of the networks' first level (hidden units for vectors).
         multipliers: channels of each level of the denoiser in units of ``width``.
         encoder_multipliers: the same for the encoder.
+        encoder_blocks: residual blocks per level of the encoder.
         attention: levels of the denoiser that attend.
         dtype: of activations, ``float32`` or ``bfloat16``.
         unit_range: give the networks images in [0, 1], as the official code does, not [-1, 1].
@@ -57,26 +59,28 @@ class ClusterDDPM:
         prediction: what the denoiser is asked for, ``v``, ``eps`` or ``x0``.
         uniform_noise: share of examples whose noise level is uniform over the schedule's steps;
             the others draw a normal log-SNR, concentrated where z can help.
-        log_snr_mean: of that normal.
+        log_snr_mean: of that normal; None is -1.5 for images of 8x8 and for vectors, and
+            2 ln(side / 8) less for larger images, which show as much through more noise.
         log_snr_std: of that normal.
         drop_latent: probability that the denoiser does not see z (for guidance).
         pretrain_kl: weight of KL(q | N(0, I)) in pretraining.
         kl_weight: of equation (5), in units of the schedule's own weight.
-        kl_warmup: part of each EM phase over which the weight rises from 0.
+        kl_warmup: part of the EM phase over which the weight rises from 0.
         responsibilities: ``closed_form``, equation (3), or ``sampled``, equation (4).
         sampled_latents: fit the mixture to one sample of z per example, as the official code
             does, instead of to the posteriors.
         rotate, shift, scale, shear, noise: bounds of the random view that the encoder sees,
-            see ``views.affine`` and ``views.noise``; all 0 switches views off.
+            see ``views.View``; all 0 switches views off.
         flip: whether views may be mirrored.
-        target_view: denoise a second view instead of the example itself.
         pretrain_iterations: of the first phase, which has no mixture.
-        balance_iterations: EM iterations in which the components are made to share the data
-            equally; 0 leaves them out, which is right if group sizes differ several-fold.
-        em_iterations: EM iterations after that.
+        balance_iterations: EM iterations, before the others, in which the components are made to
+            share the data equally; 0 leaves them out, which is right if group sizes differ
+            several-fold.
+        em_iterations: EM iterations after those.
         steps: gradient steps per iteration; 0 is one pass over the data.
         learning_rate: of Adam, after a warm-up over the first 50 steps of a phase.
-        decay: cosine decay of the learning rate to 5% over a phase (never over ``balance``).
+        decay: cosine decay of the learning rate to 5%, over pretraining and over the EM
+            iterations that do not balance.
         clip: global norm at which gradients are clipped.
         ema: decay of the averaged weights.
         mixture_iterations: EM iterations of the mixture per E-step.
@@ -97,6 +101,7 @@ class ClusterDDPM:
     width: int = 16
     multipliers: tuple[int, ...] = (1, 2)
     encoder_multipliers: tuple[int, ...] = (1, 2, 4)
+    encoder_blocks: int = 1
     attention: tuple[int, ...] = ()
     dtype: Literal["float32", "bfloat16"] = "float32"
     unit_range: bool = False
@@ -105,7 +110,7 @@ class ClusterDDPM:
     zero_terminal: bool = True
     prediction: Literal["v", "eps", "x0"] = "v"
     uniform_noise: float = 0.0
-    log_snr_mean: float = -1.5
+    log_snr_mean: float | None = None
     log_snr_std: float = 1.0
     drop_latent: float = 0.1
     pretrain_kl: float = 0.01
@@ -119,10 +124,9 @@ class ClusterDDPM:
     shear: float = 0.1
     noise: float = 0.0
     flip: bool = False
-    target_view: bool = False
-    pretrain_iterations: int = 20
-    balance_iterations: int = 12
-    em_iterations: int = 18
+    pretrain_iterations: int = 16
+    balance_iterations: int = 10
+    em_iterations: int = 14
     steps: int = 50
     learning_rate: float = 1e-3
     decay: bool = True
@@ -152,10 +156,31 @@ class ClusterDDPM:
             width=self.width,
             multipliers=self.multipliers,
             encoder_multipliers=self.encoder_multipliers,
+            encoder_blocks=self.encoder_blocks,
             attention=self.attention,
             dtype=self.dtype,
         )
-        return _method(self, encoder, denoiser, _schedule(self), spec)
+        noise = Noise(log_snr_mean(self, spec), self.log_snr_std)
+        return _method(self, encoder, denoiser, _schedule(self), noise, spec)
+
+
+class Noise(NamedTuple):
+    """The normal distribution of log-SNRs that training draws from."""
+
+    mean: float
+    std: float
+
+
+def log_snr_mean(s: ClusterDDPM, spec: DataSpec) -> float:
+    """Where the noise levels of training are centred for data of this shape.
+
+    Averaging over blocks of k x k pixels multiplies the signal-to-noise ratio by k^2, so an image
+    k times as large needs 2 ln k less for the same content to be visible.
+    """
+    if s.log_snr_mean is not None:
+        return s.log_snr_mean
+    side = math.sqrt(spec.shape[0] * spec.shape[1]) if spec.is_image else 8.0
+    return -1.5 - 2.0 * math.log(side / 8.0)
 
 
 def _schedule(s: ClusterDDPM) -> Schedule:
@@ -163,19 +188,6 @@ def _schedule(s: ClusterDDPM) -> Schedule:
     # Index 0 is the cleanest step; the official schedule has one more beta than steps drawn.
     grid = make(s.num_steps + 1)
     return schedule.zero_terminal_snr(grid) if s.zero_terminal else grid
-
-
-def view(x: Array, key: PRNGKeyArray, s: ClusterDDPM) -> Array:
-    """A random view of each example, as the settings say; vectors only get noise."""
-    affine_key, flip_key, noise_key = jax.random.split(key, 3)
-    if x.ndim == 4:
-        if any((s.rotate, s.shift, s.scale, s.shear)):
-            x = views.affine(
-                x, affine_key, rotate=s.rotate, shift=s.shift, scale=s.scale, shear=s.shear
-            )
-        if s.flip:
-            x = views.flip(x, flip_key)
-    return views.noise(x, noise_key, std=s.noise) if s.noise else x
 
 
 def sampled_kl(
@@ -193,7 +205,7 @@ def sampled_kl(
     return jnp.sum(g * (kl + log_g - mixture.log_weights), axis=-1)
 
 
-def kl_scale(s: ClusterDDPM, grid: Schedule) -> float:
+def kl_scale(s: ClusterDDPM, grid: Schedule, noise: Noise) -> float:
     """The KL weight at which the loss is the negative ELBO with averaged weights, equation (5).
 
     For uniform steps that is ``schedule.kl_weight``. For a normal log-SNR l the bound is
@@ -202,19 +214,30 @@ def kl_scale(s: ClusterDDPM, grid: Schedule) -> float:
     """
     if s.uniform_noise == 1.0:
         return float(schedule.kl_weight(grid, prediction=s.prediction, first=1))
-    reach = 2 * s.log_snr_std
-    log_snr = jnp.linspace(s.log_snr_mean - reach, s.log_snr_mean + reach, 257)
+    reach = 2 * noise.std
+    log_snr = jnp.linspace(noise.mean - reach, noise.mean + reach, 257)
     density = 0.5 * schedule.error_ratio(log_snr, of="eps", to=s.prediction)
     return float(1.0 / jnp.trapezoid(density, log_snr))
 
 
 def _method(
-    s: ClusterDDPM, encoder: Network, denoiser: Network, grid: Schedule, spec: DataSpec
+    s: ClusterDDPM,
+    encoder: Network,
+    denoiser: Network,
+    grid: Schedule,
+    noise: Noise,
+    spec: DataSpec,
 ) -> Method:
     """The functions of the method; equation numbers as at the top of the file."""
     prediction: Prediction = s.prediction
-    em_weight = s.kl_weight * kl_scale(s, grid)
+    em_weight = s.kl_weight * kl_scale(s, grid, noise)
     steps = s.steps or spec.steps_per_epoch
+    view = views.View(
+        rotate=s.rotate, shift=s.shift, scale=s.scale, shear=s.shear, flip=s.flip, noise=s.noise
+    )
+    em_iterations = s.balance_iterations + s.em_iterations
+    # Half an iteration less, so that rounding cannot move the last balanced E-step.
+    balanced_share = (s.balance_iterations - 0.5) / em_iterations
 
     def level(log_snr: Array) -> Array:
         # The official network takes t / T, the others the log-SNR itself.
@@ -244,7 +267,7 @@ def _method(
     def draw_noise_levels(key: PRNGKeyArray, n: int) -> Array:
         uniform_key, normal_key, choice_key = jax.random.split(key, 3)
         index = schedule.sample_steps(uniform_key, n, grid, first=1)
-        normal = schedule.sample_log_snr(normal_key, n, mean=s.log_snr_mean, std=s.log_snr_std)
+        normal = schedule.sample_log_snr(normal_key, n, mean=noise.mean, std=noise.std)
         uniform = jax.random.bernoulli(choice_key, s.uniform_noise, (n,))
         return jnp.where(uniform, grid.log_snr[index], normal)
 
@@ -260,12 +283,11 @@ def _method(
 
     def terms(params: Params, batch: Batch, key: PRNGKeyArray) -> tuple[Array, Array, Array]:
         """Posterior mean and variance, and the error of the denoiser, all per example."""
-        view_key, z_key, target_key, noise_key = jax.random.split(key, 4)
+        view_key, z_key, noise_key = jax.random.split(key, 3)
         x = ranged(batch)
-        mean, variance = encode(params, view(x, view_key, s))
+        mean, variance = encode(params, views.apply(x, view_key, view))
         z = mean + jnp.sqrt(variance) * jax.random.normal(z_key, mean.shape)
-        target = view(x, target_key, s) if s.target_view else x
-        return mean, variance, denoising_error(params, target, z, noise_key)
+        return mean, variance, denoising_error(params, x, z, noise_key)
 
     def pretrain_loss(
         params: Params, cluster: Mixture, batch: Batch, key: PRNGKeyArray, progress: Array
@@ -298,39 +320,47 @@ def _method(
 
     guards = {"variance_floor": s.variance_floor, "weight_prior": s.weight_prior}
 
-    def e_step(balance: float) -> Update:
-        def update(
-            params: Params, cluster: Mixture, features: Any, weight: Array, key: PRNGKeyArray
-        ) -> tuple[Params, Mixture, Metrics]:
-            mean, variance = features
-            mixture = gmm.fit(
-                cluster,
-                mean,
-                variance,
-                weight=weight,
-                iterations=s.mixture_iterations,
-                # Balancing moves the weights while the likelihood hardly changes.
-                tol=0.0 if balance else 1e-3,
-                balance=balance,
-                **guards,
-            ).mixture
-            dead = jnp.zeros(s.num_clusters, bool)
-            if not balance:  # then weights are multipliers, not shares, and none can die
-                mixture, dead = gmm.reseed_dead(mixture, threshold=s.reseed_below / s.num_clusters)
-            log_resp, log_likelihood = gmm.log_responsibilities(mixture, mean, variance)
-            share = jnp.exp(log_resp).T @ weight / weight.sum()
-            info = {
-                "mixture_log_likelihood": log_likelihood @ weight / weight.sum(),
-                "smallest_weight": share.min(),
-                "largest_weight": share.max(),
-                "revived": dead.sum(),
-            }
-            return params, mixture, info
-
-        return update
+    def e_step(
+        params: Params,
+        cluster: Mixture,
+        features: Any,
+        weight: Array,
+        key: PRNGKeyArray,
+        progress: Array,
+    ) -> tuple[Params, Mixture, Metrics]:
+        mean, variance = features
+        balanced = progress < balanced_share
+        mixture = gmm.fit(
+            cluster,
+            mean,
+            variance,
+            weight=weight,
+            iterations=s.mixture_iterations,
+            # Balancing moves the weights while the likelihood hardly changes.
+            tol=jnp.where(balanced, 0.0, 1e-3),
+            balance=balanced.astype(jnp.float32),
+            **guards,
+        ).mixture
+        # While balancing, weights are multipliers, not shares, and none can die.
+        threshold = jnp.where(balanced, 0.0, s.reseed_below / s.num_clusters)
+        mixture, dead = gmm.reseed_dead(mixture, threshold=threshold)
+        log_resp, log_likelihood = gmm.log_responsibilities(mixture, mean, variance)
+        share = jnp.exp(log_resp).T @ weight / weight.sum()
+        info = {
+            "mixture_log_likelihood": log_likelihood @ weight / weight.sum(),
+            "smallest_weight": share.min(),
+            "largest_weight": share.max(),
+            "revived": dead.sum(),
+        }
+        return params, mixture, info
 
     def first_mixture(
-        params: Params, cluster: Mixture, features: Any, weight: Array, key: PRNGKeyArray
+        params: Params,
+        cluster: Mixture,
+        features: Any,
+        weight: Array,
+        key: PRNGKeyArray,
+        progress: Array,
     ) -> tuple[Params, Mixture, Metrics]:
         mean, variance = features
         start = gmm.init(
@@ -367,100 +397,76 @@ def _method(
             return denoise
 
         denoise = sampling.guide(estimate(1.0), estimate(0.0), s.sample_guidance)
-        levels = _levels(s, grid)
+        levels = _levels(s, grid, noise)
         # The bounds of [-1, 1] also bound [0, 1] well enough for the sampler to stay on the data.
         clip = 1.0 if spec.is_image else None
         x = sampling.ddim(denoise, levels, x_key, (n, *spec.shape), clip=clip)
         return 2.0 * x - 1.0 if s.unit_range else x
 
-    first = EStage(collect, first_mixture)
     phases = {
         "pretrain": Phase(
             pretrain_loss,
-            _optimiser(s, s.pretrain_iterations * steps, decay=s.decay),
+            _optimiser(s, s.pretrain_iterations * steps),
             s.pretrain_iterations,
             steps,
             ema=s.ema,
             assigns=False,
         ),
-        "balance": Phase(
-            em_loss,
-            _optimiser(s, s.balance_iterations * steps, decay=False),
-            s.balance_iterations,
-            steps,
-            begin=first,
-            refresh=EStage(collect, e_step(balance=1.0)),
-            ema=s.ema,
-        ),
         "em": Phase(
             em_loss,
-            _optimiser(s, s.em_iterations * steps, decay=s.decay),
-            s.em_iterations,
+            _optimiser(s, em_iterations * steps, constant=s.balance_iterations * steps),
+            em_iterations,
             steps,
-            begin=None if s.balance_iterations else first,
-            refresh=EStage(collect, e_step(balance=0.0)),
+            begin=EStage(collect, first_mixture),
+            refresh=EStage(collect, e_step),
             ema=s.ema,
         ),
     }
-    if not s.balance_iterations:
-        del phases["balance"]
     return Method(init, phases, predict, embed, sample)
 
 
-def _optimiser(s: ClusterDDPM, steps: int, *, decay: bool) -> optax.GradientTransformation:
-    warmup, peak = max(1, min(50, steps // 10)), s.learning_rate
-    rate = (
-        optax.warmup_cosine_decay_schedule(0.0, peak, warmup, max(warmup + 1, steps), 0.05 * peak)
-        if decay
-        else optax.linear_schedule(0.0, peak, warmup)
+def _optimiser(s: ClusterDDPM, steps: int, *, constant: int = 0) -> optax.GradientTransformation:
+    return optimiser.adam(
+        steps,
+        learning_rate=s.learning_rate,
+        constant=constant,
+        decay=s.decay,
+        clip=s.clip,
+        b2=s.adam_b2,
     )
-    return optax.chain(optax.clip_by_global_norm(s.clip), optax.adam(rate, b2=s.adam_b2))
 
 
-def _levels(s: ClusterDDPM, grid: Schedule) -> Float[Array, " steps"]:
+def _levels(s: ClusterDDPM, grid: Schedule, noise: Noise) -> Float[Array, " steps"]:
     """The noise levels that the sampler visits: of the schedule if the denoiser knows them all."""
     if s.uniform_noise:
         return sampling.subsample(grid, s.sample_steps, first=1)
-    low, high = s.log_snr_mean - 4 * s.log_snr_std, s.log_snr_mean + 4 * s.log_snr_std
+    low, high = noise.mean - 4 * noise.std, noise.mean + 4 * noise.std
     return jnp.linspace(low, high, s.sample_steps)
 
 
 def _check(s: ClusterDDPM) -> None:
-    choices = {
-        "network": ("unet", "official"),
-        "dtype": ("float32", "bfloat16"),
-        "noise_schedule": ("linear", "cosine"),
-        "prediction": ("v", "eps", "x0"),
-        "responsibilities": ("closed_form", "sampled"),
-    }
-    for name, known in choices.items():
-        if getattr(s, name) not in known:
-            raise InputError(
-                f"--config.method.{name}={getattr(s, name)}: choose one of {', '.join(known)}"
-            )
-    at_least_one = (
+    counts = (
         "latent width num_steps pretrain_iterations em_iterations mixture_iterations"
         " mixture_restarts sample_steps"
-    ).split()
-    positive = "log_snr_std learning_rate clip".split()
-    not_negative = (
-        "pretrain_kl kl_weight rotate shift scale shear noise steps balance_iterations"
-        " variance_floor reseed_below sample_temperature sample_guidance"
-    ).split()
-    shares = "uniform_noise drop_latent kl_warmup ema adam_b2".split()
-    rules = [
-        (at_least_one, lambda v: v >= 1, "must be at least 1"),
-        (positive, lambda v: v > 0, "must be greater than 0"),
-        (not_negative, lambda v: v >= 0, "must not be negative"),
-        (shares, lambda v: 0 <= v <= 1, "must lie between 0 and 1"),
-        (["weight_prior"], lambda v: v >= 1, "must be at least 1"),
-        (["multipliers", "encoder_multipliers"], lambda v: v and min(v) >= 1, "needs a level"),
-        (["sample_steps"], lambda v: v <= s.num_steps, "must not exceed num_steps"),
+    )
+    sizes = (
+        "encoder_blocks pretrain_kl kl_weight rotate shift scale shear noise steps"
+        " balance_iterations variance_floor reseed_below sample_temperature sample_guidance"
+    )
+    rules: list[Rule] = [
+        (counts, lambda v: v >= 1, "must be at least 1"),
+        ("log_snr_std learning_rate clip", lambda v: v > 0, "must be greater than 0"),
+        (sizes, lambda v: v >= 0, "must not be negative"),
+        (
+            "uniform_noise drop_latent kl_warmup ema adam_b2",
+            lambda v: 0 <= v <= 1,
+            "must lie between 0 and 1",
+        ),
+        ("weight_prior", lambda v: v >= 1, "must be at least 1"),
+        ("multipliers encoder_multipliers", lambda v: v and min(v) >= 1, "needs a level"),
+        ("sample_steps", lambda v: v <= s.num_steps, "must not exceed num_steps"),
     ]
-    for names, holds, rule in rules:
-        for name in names:
-            if not holds(getattr(s, name)):
-                raise InputError(f"--config.method.{name}={getattr(s, name)}: {rule}")
+    check_settings(s, rules)
     if any(not 0 <= level < len(s.multipliers) for level in s.attention):
         raise InputError(
             f"--config.method.attention={s.attention}: levels are numbered from 0 to "

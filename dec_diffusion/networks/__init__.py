@@ -2,6 +2,7 @@
 
 import jax.numpy as jnp
 
+from dec_diffusion.networks.classifier import ConvClassifier, MLPClassifier, ResNet18
 from dec_diffusion.networks.encoder import Encoder
 from dec_diffusion.networks.layers import Network, as_network
 from dec_diffusion.networks.mlp import MLPDenoiser, MLPEncoder
@@ -17,6 +18,7 @@ def clusterddpm_networks(
     width: int,
     multipliers: tuple[int, ...],
     encoder_multipliers: tuple[int, ...],
+    encoder_blocks: int = 1,
     attention: tuple[int, ...] = (),
     dtype: str = "float32",
 ) -> tuple[Network, Network]:
@@ -29,6 +31,7 @@ def clusterddpm_networks(
         width: of the first level, or of hidden layers.
         multipliers: of the denoiser's levels.
         encoder_multipliers: of the encoder's levels.
+        encoder_blocks: residual blocks of each of those.
         attention: levels of the denoiser that attend.
         dtype: of activations.
     """
@@ -39,9 +42,41 @@ def clusterddpm_networks(
     if kind == "official":
         encoder = OfficialEncoder(latent, width, dtype=act)
         return as_network(encoder), as_network(OfficialUNet(width, dtype=act))
-    encoder = Encoder(latent, width, encoder_multipliers, dtype=act)
+    encoder = Encoder(latent, width, encoder_multipliers, encoder_blocks, dtype=act)
     denoiser = UNet(width, multipliers, attention=attention, dtype=act)
     return as_network(encoder), as_network(denoiser)
 
 
-__all__ = ["Network", "as_network", "clusterddpm_networks"]
+def classifier_network(
+    kind: str,
+    shape: tuple[int, ...],
+    *,
+    outputs: int,
+    width: int,
+    hidden: int,
+    dtype: str = "float32",
+) -> Network:
+    """A network with ``apply(params, x) -> (features [b, hidden], scores [b, outputs])``.
+
+    Both results are float32. Nothing is shared between the examples of a batch.
+
+    Args:
+        kind: ``conv`` (small and fast), ``resnet18`` or ``mlp``; vectors always get a multilayer
+            perceptron, which takes images as flat vectors.
+        shape: (h, w, c) or (d,).
+        outputs: number of linear scores.
+        width: channels of the first level, or of the perceptron's first layer.
+        hidden: number of features.
+        dtype: of activations.
+
+    Raises:
+        ValueError: another ``kind``.
+    """
+    kinds = {"conv": ConvClassifier, "resnet18": ResNet18, "mlp": MLPClassifier}
+    if kind not in kinds:
+        raise ValueError(f"kind={kind!r}: must be one of {', '.join(kinds)}")
+    make = MLPClassifier if len(shape) == 1 else kinds[kind]
+    return as_network(make(outputs, width, hidden, jnp.dtype(dtype)))
+
+
+__all__ = ["Network", "as_network", "classifier_network", "clusterddpm_networks"]

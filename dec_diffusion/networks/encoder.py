@@ -25,14 +25,17 @@ class Gaussian(nn.Module):
 
 
 class Encoder(nn.Module):
-    """Residual convolutions, halving the resolution between levels, then a dense layer.
+    """A convolution per level, which halves the resolution but at the first, then a dense layer.
+
+    Residual blocks may follow each convolution.
 
     The last feature map is flattened, not averaged: where a stroke is matters for what a digit
     is, and averaging over pixels throws that away.
 
     Attributes:
         latent: dimensions of the latent.
-        width, multipliers, blocks, dtype: as in ``UNet``.
+        width, multipliers, dtype: as in ``UNet``.
+        blocks: residual blocks per level.
         hidden: width of the dense layer before the two heads.
     """
 
@@ -48,13 +51,13 @@ class Encoder(nn.Module):
         """``x`` [b, h, w, c] to the mean and the log-variance of q(z|x), both [b, latent]."""
         levels = len(self.multipliers)
         x = pad_to_multiple(x, 2 ** (levels - 1)).astype(self.dtype)
-        x = Conv(self.width, dtype=self.dtype, name="input")(x)
         for level, multiplier in enumerate(self.multipliers):
-            for block in range(self.blocks):
-                name = f"down_{level}_{block}"
-                x = ResBlock(multiplier * self.width, dtype=self.dtype, name=name)(x)
-            if level + 1 < levels:
-                x = Conv(x.shape[-1], stride=2, dtype=self.dtype, name=f"halve_{level}")(x)
+            stride = 1
+            if level > 0:
+                x, stride = nn.silu(Norm(dtype=self.dtype)(x)), 2
+            x = Conv(multiplier * self.width, stride=stride, dtype=self.dtype)(x)
+            for _ in range(self.blocks):
+                x = ResBlock(multiplier * self.width, dtype=self.dtype)(x)
         x = nn.silu(Norm(dtype=self.dtype)(x)).reshape(x.shape[0], -1)
         x = nn.silu(nn.Dense(self.hidden, dtype=self.dtype)(x))
         return Gaussian(self.latent)(x)

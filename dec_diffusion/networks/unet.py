@@ -98,10 +98,9 @@ class UNet(nn.Module):
                 skips.append(x)
             if level + 1 < levels:
                 x = Conv(x.shape[-1], stride=2, dtype=self.dtype, name=f"halve_{level}")(x)
-        x = ResBlock(x.shape[-1], dtype=self.dtype, name="middle_0")(x, condition)
+        x = ResBlock(x.shape[-1], dtype=self.dtype, name="middle")(x, condition)
         if levels - 1 in self.attention:
             x = SelfAttention(dtype=self.dtype, name="attend_middle")(x)
-        x = ResBlock(x.shape[-1], dtype=self.dtype, name="middle_1")(x, condition)
         named["middle"] = x
         for level in reversed(range(levels)):
             for block in range(self.blocks):
@@ -114,7 +113,9 @@ class UNet(nn.Module):
                     x = SelfAttention(dtype=self.dtype, name=f"attend_{name}")(x)
                 named[name] = x
             if level > 0:
-                x = Conv(x.shape[-1], dtype=self.dtype, name=f"double_{level}")(upsample(x))
+                # To the width of the level above: the same as wider, at half of its cost.
+                above = self.multipliers[level - 1] * self.width
+                x = Conv(above, dtype=self.dtype, name=f"double_{level}")(upsample(x))
         x = nn.silu(Norm(dtype=self.dtype, name="output_norm")(x))
         x = Conv(channels, dtype=self.dtype, kernel_init=nn.initializers.zeros, name="output")(x)
         out = x[:, :height, :width].astype(jnp.float32)

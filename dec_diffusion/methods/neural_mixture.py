@@ -1,0 +1,520 @@
+"""Neural mixture models: clusters whose densities are a network's outputs (arXiv 2107.02453).
+
+A network gives every example x_i one score a_ik per cluster. An additional transformation makes
+each score a density p_ik = p_k(x_i) that integrates to one against the data themselves, so a
+cluster can neither win nor lose everything. With pi the prior and <.> the mean over the data (in
+training over the batch, for prediction over the whole data set):
+
+(1) S        p_ik = 2 sigmoid(g s_ik),  s_ik = (a_ik - <a_k>) / std(a_k): one constant, 1/2, for all
+(2) P        p_ik = sigmoid(g s_ik) / <sigmoid(g s_k)>: a constant of each cluster's own
+(3) X        p_ik = exp(a_ik) / <exp(a_k)>: no squashing, hence no ceiling on the confidence
+(4) E-step   g_ik ~ (pi_k p_ik)^(1/tau), normalised, held constant; at tau = 0 one-hot
+(5) M-step   minimise  -<sum_k g_ik log(pi_k p_ik)>, in which g is that of (4)
+(6) views    of two random views u and v of x, each is explained by the other's assignment:
+             -1/2 <sum_k g_k(u) log(pi_k p_k(v)) + g_k(v) log(pi_k p_k(u))>
+             = <H(g(u)) + KL(g(u) | g_1(v)) - log sum_k pi_k p_k(v)>, symmetrised, g_1 at tau = 1
+(7) prior    pi <- (1 - r) pi + r <g>, with a floor; or uniform
+(8) bound    <sum_k g_k(u) log p_k(v)> <= I(cluster of u; v) for P and X: what a head of the network
+             knows of one view from the other, in nats; heads are compared by it, without labels
+
+At tau = 1 the gradient of (5) is that of the negative log-likelihood -<log sum_k pi_k p_ik>, whose
+optimum under (1) and (2) is K/2 copies of one split and K/2 of its negative; a lower tau, which
+makes clusters compete, is what cures that. See docs/neural_mixture.md.
+
+Sources: the abstract and second-hand summaries for the method (sigmoid of a normalised score over
+a constant; batch-wise EM in the forward and backward pass; fused with consistency); the text of
+the paper was not available, so (2), (3), (6) to (8) and every setting are our reconstruction.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from dec_diffusion import optimiser, views
+from dec_diffusion.method import DataSpec, EStage, Method, Phase, Rule, check_settings
+from dec_diffusion.networks import Network, classifier_network
+from dec_diffusion.types import (
+    Array,
+    Batch,
+    Float,
+    Int,
+    Metrics,
+    Params,
+    PRNGKeyArray,
+    pytree,
+)
+
+Density = Literal["S", "P", "X"]
+"""Which transformation makes scores densities: equation (1), (2) or (3)."""
+
+
+@dataclasses.dataclass
+class NeuralMixture:
+    """Settings of neural mixture models.
+
+    Attributes:
+        num_clusters: K.
+        density: ``S``, ``P`` or ``X``, equations (1) to (3).
+        gain: g of equations (1) and (2).
+        tau: temperature of the E-step, equation (4), at the end of training; 0 is hard EM.
+        tau_start: the same at the start; it moves linearly over the first half of training.
+        consistency: explain each of two views by the other's assignment, equation (6); without
+            it one view is explained by its own, equation (5).
+        prior: ``uniform``, or ``learned`` by equation (7) for clusters of different sizes.
+        prior_rate: r of equation (7), per gradient step.
+        prior_floor: lowest weight of a cluster, in units of 1 / K.
+        prior_strength: share of a uniform prior in every update (Dirichlet pseudo-counts).
+        networks: independent networks, trained side by side.
+        heads: independent sets of K outputs of each network; of all of them the one with the
+            highest bound (8) predicts.
+        over_heads: further sets of outputs of each network, for training its features only.
+        over_clusters: clusters of each of those.
+        network: ``conv`` (small), ``resnet18`` or ``mlp``, which vectors always take.
+        width: of the network's first level.
+        hidden: features, the layer below the outputs.
+        dtype: of activations, ``float32`` or ``bfloat16``; densities are always float32.
+        rotate, shift, scale, shear: bounds of the random affine part of a view, see
+            ``views.affine``; 0 switches a change off.
+        crop, flip, jitter, jitter_probability, grey, noise: the rest of a view, see
+            ``views.View``; vectors only know noise.
+        iterations: after each, statistics are taken over all the data and a run reports.
+        steps: gradient steps per iteration; 0 is one pass over the data.
+        learning_rate: of Adam, after a warm-up over the first 50 steps.
+        decay: cosine decay of the learning rate to 5%.
+        weight_decay: of Adam.
+        clip: global norm at which gradients are clipped.
+        ema: decay of the averaged weights, which predict.
+        adam_b2: decay of Adam's second moment.
+    """
+
+    num_clusters: int = 10
+    density: Density = "P"
+    gain: float = 1.0
+    tau: float = 0.0
+    tau_start: float = 0.0
+    consistency: bool = True
+    prior: Literal["uniform", "learned"] = "uniform"
+    prior_rate: float = 0.05
+    prior_floor: float = 0.2
+    prior_strength: float = 0.0
+    networks: int = 1
+    heads: int = 5
+    over_heads: int = 0
+    over_clusters: int = 50
+    network: Literal["conv", "resnet18", "mlp"] = "conv"
+    width: int = 32
+    hidden: int = 128
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    rotate: float = 15.0
+    shift: float = 0.1
+    scale: float = 0.15
+    shear: float = 0.2
+    crop: float = 0.0
+    flip: bool = False
+    jitter: float = 0.0
+    jitter_probability: float = 0.8
+    grey: float = 0.0
+    noise: float = 0.0
+    iterations: int = 20
+    steps: int = 50
+    learning_rate: float = 1e-3
+    decay: bool = True
+    weight_decay: float = 0.0
+    clip: float = 1000.0
+    ema: float = 0.99
+    adam_b2: float = 0.99
+
+    def build(self, spec: DataSpec) -> Method:
+        """Make the method for data of this shape.
+
+        Raises:
+            InputError: a setting is out of range; names it and the remedy.
+        """
+        _check(self)
+        network = classifier_network(
+            self.network,
+            spec.shape,
+            outputs=self.heads * self.num_clusters + self.over_heads * self.over_clusters,
+            width=self.width,
+            hidden=self.hidden,
+            dtype=self.dtype,
+        )
+        return _method(self, ensemble(network, self.networks), spec)
+
+
+# -- densities --
+
+
+@pytree
+class Normaliser:
+    """What turns the scores of neurons into densities; a row of numbers for each head.
+
+    Attributes:
+        mean: <a_k>.
+        variance: of a_k over the data, biased.
+        log_constant: logarithm of what the transformed score is divided by.
+    """
+
+    mean: Float[Array, "*h k"]
+    variance: Float[Array, "*h k"]
+    log_constant: Float[Array, "*h k"]
+
+
+def normaliser(
+    scores: Float[Array, "n *h k"],
+    weight: Float[Array, " n"],
+    *,
+    density: Density,
+    gain: float = 1.0,
+    eps: float = 1e-5,
+) -> Normaliser:
+    """The statistics that equations (1) to (3) need, over these examples.
+
+    Sums over the leading axis and nothing else, so they are those of the whole batch when it
+    is spread over devices.
+
+    Args:
+        scores: outputs of the network, of any number of heads.
+        weight: of each example, 0 on padding.
+        density: whose statistics.
+        gain: g.
+        eps: added to the variance in (1) and (2).
+
+    Returns:
+        Each neuron's own, [*h, k]; what a density does not need is 0 (a variance 1).
+    """
+    scores = _wide(scores)
+    zero = jnp.zeros_like(scores[0])
+    if density == "X":
+        return Normaliser(zero, zero + 1.0, _log_mean_exp(scores, weight))
+    mean = _mean(scores, weight)
+    variance = _mean(jnp.square(scores - mean), weight) + eps
+    if density == "S":
+        return Normaliser(mean, variance, zero - jnp.log(2.0))
+    squashed = jax.nn.log_sigmoid(gain * (scores - mean) * jax.lax.rsqrt(variance))
+    return Normaliser(mean, variance, _log_mean_exp(squashed, weight))
+
+
+def log_density(
+    norm: Normaliser, scores: Float[Array, "n *h k"], *, density: Density, gain: float = 1.0
+) -> Float[Array, "n *h k"]:
+    """log p_ik of equations (1) to (3) under the statistics given, in float32 or wider."""
+    scores = _wide(scores)
+    if density != "X":
+        scores = (scores - norm.mean) * jax.lax.rsqrt(norm.variance)
+        scores = jax.nn.log_sigmoid(gain * scores)
+    return scores - norm.log_constant
+
+
+def responsibilities(
+    log_joint: Float[Array, "n *h k"], tau: float | Array
+) -> Float[Array, "n *h k"]:
+    """Equation (4), from log pi_k p_ik; gradients do not pass.
+
+    Args:
+        log_joint: log pi_k p_ik.
+        tau: temperature; 0 is one-hot, at the first of the largest.
+    """
+    hard = jax.nn.one_hot(log_joint.argmax(-1), log_joint.shape[-1], dtype=log_joint.dtype)
+    soft = jax.nn.softmax(log_joint / jnp.maximum(tau, 1e-6), axis=-1)
+    return jax.lax.stop_gradient(jnp.where(tau > 0, soft, hard))
+
+
+# -- objectives; all are means over examples, and one number for each head --
+
+
+def em_loss(
+    gamma: Float[Array, "n *h k"], log_joint: Float[Array, "n *h k"], weight: Float[Array, " n"]
+) -> Float[Array, "*h"]:
+    """Equation (5): the negative expected log-likelihood of examples and clusters, in nats."""
+    return -_mean(jnp.sum(gamma * log_joint, -1), weight)
+
+
+def swapped_loss(
+    u: Float[Array, "n *h k"],
+    v: Float[Array, "n *h k"],
+    weight: Float[Array, " n"],
+    *,
+    tau: float | Array,
+) -> Float[Array, "*h"]:
+    """Equation (6), from log pi_k p_k of both views."""
+    to_v = em_loss(responsibilities(u, tau), v, weight)
+    to_u = em_loss(responsibilities(v, tau), u, weight)
+    return 0.5 * (to_v + to_u)
+
+
+def log_mixture(
+    log_joint: Float[Array, "n *h k"], weight: Float[Array, " n"]
+) -> Float[Array, "*h"]:
+    """<log sum_k pi_k p_ik>, the log-likelihood against the data measure, in nats."""
+    return _mean(jax.nn.logsumexp(log_joint, -1), weight)
+
+
+def update_prior(
+    log_prior: Float[Array, "*h k"],
+    gamma: Float[Array, "n *h k"],
+    weight: Float[Array, " n"],
+    *,
+    rate: float,
+    floor: float = 0.0,
+    strength: float = 0.0,
+) -> Float[Array, "*h k"]:
+    """Equation (7), closed form.
+
+    Args:
+        log_prior: log pi.
+        gamma: responsibilities.
+        weight: of each example.
+        rate: r.
+        floor: lowest pi_k, in units of 1 / K, up to the normalisation that follows.
+        strength: share of the uniform distribution in what pi moves towards.
+    """
+    k = log_prior.shape[-1]
+    share = (1.0 - strength) * _mean(gamma, weight) + strength / k
+    prior = jnp.maximum((1.0 - rate) * jnp.exp(log_prior) + rate * share, floor / k)
+    return jax.lax.stop_gradient(jnp.log(prior / prior.sum(-1, keepdims=True)))
+
+
+# -- is a head any good? no labels needed --
+
+
+def information(
+    u: Float[Array, "n *h k"], v: Float[Array, "n *h k"], weight: Float[Array, " n"]
+) -> Float[Array, "*h"]:
+    """Equation (8), in nats, with hard assignments; from log p_k of both views, symmetrised."""
+    return -swapped_loss(u, v, weight, tau=0.0)
+
+
+def effective_clusters(
+    gamma: Float[Array, "n *h k"], weight: Float[Array, " n"]
+) -> Float[Array, "*h"]:
+    """exp of the entropy of the mean assignment: K if all are used alike, 1 if one takes all."""
+    share = _mean(gamma, weight)
+    return jnp.exp(jax.scipy.special.entr(share).sum(-1))
+
+
+def duplicates(
+    log_p: Float[Array, "n *h k"], weight: Float[Array, " n"], *, threshold: float = 0.95
+) -> Float[Array, "*h"]:
+    """How many neurons repeat an earlier one: their densities correlate above ``threshold``."""
+    centred = (log_p - _mean(log_p, weight)) * jnp.sqrt(_over(weight, log_p))
+    covariance = jnp.einsum("n...j,n...k->...jk", centred, centred, precision="highest")
+    scale = jnp.sqrt(jnp.diagonal(covariance, axis1=-2, axis2=-1)) + 1e-12
+    correlation = covariance / (scale[..., None] * scale[..., None, :])
+    twin = jnp.tril(correlation > threshold, -1).any(-1)
+    return twin.sum(-1).astype(log_p.dtype)
+
+
+def _wide(x: Array) -> Array:
+    return x.astype(jnp.promote_types(x.dtype, jnp.float32))
+
+
+def _over(weight: Array, x: Array) -> Array:
+    """The weights, against the leading axis of ``x``."""
+    return weight.reshape(-1, *[1] * (x.ndim - 1))
+
+
+def _mean(x: Array, weight: Array) -> Array:
+    return jnp.sum(x * _over(weight, x), axis=0) / weight.sum()
+
+
+def _log_mean_exp(x: Array, weight: Array) -> Array:
+    return jax.nn.logsumexp(x, axis=0, b=_over(weight, x)) - jnp.log(weight.sum())
+
+
+# -- the method --
+
+
+def ensemble(network: Network, members: int) -> Network:
+    """Several networks with weights of their own that see the same examples.
+
+    Args:
+        network: with ``apply(params, x) -> (features [b, d], scores [b, o])``.
+        members: m.
+
+    Returns:
+        A network whose parameters have a leading axis m; features are [b, m, d], scores [b, m, o].
+    """
+
+    def init(key: PRNGKeyArray, x: Array) -> Params:
+        return jax.lax.map(lambda k: network.init(k, x), jax.random.split(key, members))
+
+    def apply(params: Params, x: Array) -> tuple[Array, Array]:
+        # One after the other on CPU, which runs convolutions with batched kernels at half speed.
+        many = jax.lax.map if jax.default_backend() == "cpu" else _vmap
+        out = many(lambda p: network.apply(p, x), params)
+        return jax.tree.map(lambda a: jnp.moveaxis(a, 0, 1), out)
+
+    return Network(init, apply)
+
+
+@pytree
+class Heads:
+    """What moves in closed form.
+
+    Attributes:
+        log_prior: log pi of each head, those of the first network first.
+        norm: statistics over the whole data set, which prediction uses.
+        score: equation (8) of each head, in nats.
+        best: int32, the head that predicts.
+    """
+
+    log_prior: Float[Array, "h k"]
+    norm: Normaliser
+    score: Float[Array, " h"]
+    best: Int[Array, ""]
+
+
+def _vmap(function: Callable[[Any], Any], x: Any) -> Any:
+    return jax.vmap(function)(x)
+
+
+def _method(s: NeuralMixture, network: Network, spec: DataSpec) -> Method:
+    """The functions of the method; equation numbers as at the top of the file."""
+    shape = {"density": s.density, "gain": s.gain}
+    steps, total = s.steps or spec.steps_per_epoch, s.networks * s.heads
+
+    def init(key: PRNGKeyArray, batch: Batch) -> tuple[Params, Heads]:
+        zeros = jnp.zeros((total, s.num_clusters))
+        norm = Normaliser(zeros, zeros + 1.0, zeros)
+        prior = zeros - jnp.log(s.num_clusters)
+        return network.init(key, batch["image"]), Heads(prior, norm, jnp.zeros(total), jnp.int32(0))
+
+    def heads_of(scores: Array) -> tuple[Array, Array]:
+        """The scores [b, h, k] of the heads, and of the heads for over-clustering."""
+        b, main = scores.shape[0], s.heads * s.num_clusters
+        return (
+            scores[..., :main].reshape(b, total, s.num_clusters),
+            scores[..., main:].reshape(b, s.networks * s.over_heads, s.over_clusters),
+        )
+
+    def scores_of(params: Params, x: Array) -> tuple[Array, Array]:
+        return heads_of(network.apply(params, x)[1])
+
+    def view(x: Array, key: PRNGKeyArray) -> Array:
+        return views.apply(x, key, _view(s))
+
+    def joint(scores: Array, log_prior: Array, weight: Array) -> Array:
+        """log pi_k p_ik, normalised over this batch."""
+        return log_prior + log_density(normaliser(scores, weight, **shape), scores, **shape)
+
+    def loss(
+        params: Params, cluster: Heads, batch: Batch, key: PRNGKeyArray, progress: Array
+    ) -> tuple[Array, tuple[Heads, Metrics]]:
+        x, weight = batch["image"], batch["weight"]
+        tau = s.tau_start + (s.tau - s.tau_start) * jnp.minimum(1.0, 2.0 * progress)
+        seen = [
+            scores_of(params, view(x, k)) for k in jax.random.split(key, 2 if s.consistency else 1)
+        ]
+
+        def objective(of: list[Array]) -> Array:
+            # With one view, its first and its last are the same, and (6) is (5).
+            return swapped_loss(of[0], of[-1], weight, tau=tau).mean()
+
+        joints = [joint(scores, cluster.log_prior, weight) for scores, _ in seen]
+        value = objective(joints)
+        if s.over_heads:
+            uniform = -jnp.log(s.over_clusters)
+            value += objective([joint(over, uniform, weight) for _, over in seen])
+        if s.prior == "learned":
+            prior = update_prior(
+                cluster.log_prior,
+                0.5 * (responsibilities(joints[0], tau) + responsibilities(joints[-1], tau)),
+                weight,
+                rate=s.prior_rate,
+                floor=s.prior_floor,
+                strength=s.prior_strength,
+            )
+            cluster = dataclasses.replace(cluster, log_prior=prior)
+        metrics = {
+            "log_mixture": log_mixture(joints[0], weight).mean(),
+            "confidence": _mean(responsibilities(joints[0], 1.0).max(-1), weight).mean(),
+        }
+        return value, (cluster, metrics)
+
+    def collect(params: Params, cluster: Heads, batch: Batch, key: PRNGKeyArray) -> Any:
+        x = batch["image"]
+        return scores_of(params, x)[0], scores_of(params, view(x, key))[0]
+
+    def update(
+        params: Params,
+        cluster: Heads,
+        features: Any,
+        weight: Array,
+        key: PRNGKeyArray,
+        progress: Array,
+    ) -> tuple[Params, Heads, Metrics]:
+        clean, seen = (
+            (norm, log_density(norm, scores, **shape))
+            for scores in features
+            for norm in [normaliser(scores, weight, **shape)]
+        )
+        score = information(clean[1], seen[1], weight)
+        best = score.argmax().astype(jnp.int32)
+        gamma = responsibilities(clean[1] + cluster.log_prior, 0.0)
+        info = {
+            "information": score[best],
+            "effective_clusters": effective_clusters(gamma, weight)[best],
+            "duplicates": duplicates(clean[1], weight)[best],
+            "smallest_weight": jnp.exp(cluster.log_prior[best]).min(),
+            "largest_weight": jnp.exp(cluster.log_prior[best]).max(),
+        }
+        return params, Heads(cluster.log_prior, clean[0], score, best), info
+
+    def predict(params: Params, cluster: Heads, batch: Batch, key: PRNGKeyArray) -> Array:
+        scores = scores_of(params, batch["image"])[0][:, cluster.best]
+        norm = jax.tree.map(lambda a: a[cluster.best], cluster.norm)
+        log_joint = log_density(norm, scores, **shape) + cluster.log_prior[cluster.best]
+        return jax.nn.log_softmax(log_joint, axis=-1)
+
+    def embed(params: Params, cluster: Heads, batch: Batch, key: PRNGKeyArray) -> Array:
+        return network.apply(params, batch["image"])[0][:, cluster.best // s.heads]
+
+    em = Phase(
+        loss,
+        _optimiser(s, s.iterations * steps),
+        s.iterations,
+        steps,
+        refresh=EStage(collect, update),
+        ema=s.ema,
+    )
+    return Method(init, {"em": em}, predict, embed)
+
+
+def _view(s: NeuralMixture) -> views.View:
+    return views.View(**{f.name: getattr(s, f.name) for f in dataclasses.fields(views.View)})
+
+
+def _optimiser(s: NeuralMixture, steps: int) -> optax.GradientTransformation:
+    return optimiser.adam(
+        steps,
+        learning_rate=s.learning_rate,
+        decay=s.decay,
+        clip=s.clip,
+        b2=s.adam_b2,
+        weight_decay=s.weight_decay,
+    )
+
+
+def _check(s: NeuralMixture) -> None:
+    rules: list[Rule] = [
+        ("num_clusters over_clusters", lambda v: v >= 2, "must be at least 2"),
+        ("networks heads width hidden iterations", lambda v: v >= 1, "must be at least 1"),
+        ("gain learning_rate clip", lambda v: v > 0, "must be greater than 0"),
+        (
+            "tau tau_start over_heads rotate shift scale shear jitter noise steps weight_decay",
+            lambda v: v >= 0,
+            "must not be negative",
+        ),
+        (
+            "prior_rate prior_floor prior_strength crop jitter_probability grey ema adam_b2",
+            lambda v: 0 <= v <= 1,
+            "must lie between 0 and 1",
+        ),
+        ("scale crop", lambda v: v < 1, "must be below 1"),
+    ]
+    check_settings(s, rules)
