@@ -185,7 +185,6 @@ def _build(settings: Settings) -> Any:
         shear=0.0,
         noise=0.0,
         flip=False,
-        target_view=False,
         learning_rate=1e-4,
         decay=False,
         clip=1000.0,

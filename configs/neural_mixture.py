@@ -37,7 +37,7 @@ _DIGITS = {
     "steps": 100,
 }
 
-_MNIST = {"width": 16, "networks": 2, "heads": 3, "iterations": 15, "steps": 0}
+_MNIST = {"width": 16, "heads": 5, "iterations": 9, "steps": 0}
 
 # Moved, mirrored, cropped and recoloured photographs; a further set of many clusters makes the
 # features richer.

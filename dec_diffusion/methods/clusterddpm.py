@@ -338,7 +338,7 @@ def _method(
             iterations=s.mixture_iterations,
             # Balancing moves the weights while the likelihood hardly changes.
             tol=jnp.where(balanced, 0.0, 1e-3),
-            balance=balanced.astype(jnp.float32),
+            balance=jnp.where(balanced, 1.0, 0.0),
             **guards,
         ).mixture
         # While balancing, weights are multipliers, not shares, and none can die.
