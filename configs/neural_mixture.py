@@ -18,7 +18,12 @@
 
 Measured (mean and standard deviation over seeds, no selection, labels for scoring only):
 
-not measured
+digits      ACC .948 +- .001, NMI .917 +- .003, ARI .894 +- .003; the command above with
+            --config.seed=0 ... 4. The first run takes 51 s and 0.9 GiB on two idle cores
+mnist       seed 0 only, 1,200 steps (--config.method.iterations=12 --config.method.steps=100
+            --config.train.evaluate_every=1): ACC .904, NMI .842, still rising; about .19 s a step
+            on one core that shared its machine
+the others  not measured
 """
 
 from dec_diffusion.config import Config, TrainConfig

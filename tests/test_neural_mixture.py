@@ -4,6 +4,7 @@ N numbers are the properties listed in the notes the method was built from.
 """
 
 import dataclasses
+import json
 import os
 import pathlib
 from typing import Any
@@ -355,6 +356,24 @@ def test_information_is_a_lower_bound(density):
     assert nm.information(log_p, other, weight) < 0
 
 
+@pytest.mark.parametrize("target", [0.3, 0.6, 0.95])
+def test_the_temperature_makes_confidence_what_it_should_be(target):
+    scores, weight = problem(200, 5)
+    log_joint = jnp.stack([scores, 0.1 * scores], axis=1)  # two heads
+    t = nm.temperature(log_joint, jnp.full(2, target), weight)
+    largest = jax.nn.softmax(log_joint / t[:, None], axis=-1).max(-1)
+    mean = (weight[:, None] * largest).sum(0) / weight.sum()
+    np.testing.assert_allclose(mean, target, atol=1e-4)
+    np.testing.assert_allclose(t[1], 0.1 * t[0], rtol=1e-4)
+
+
+def test_agreement_is_the_share_that_keeps_its_cluster():
+    u = jnp.eye(3)[jnp.array([0, 1, 2, 2])]
+    v = jnp.eye(3)[jnp.array([0, 1, 1, 2])]
+    np.testing.assert_allclose(nm.agreement(u, v, jnp.ones(4)), 0.75)
+    np.testing.assert_allclose(nm.agreement(u, v, jnp.array([1.0, 0, 1, 0])), 0.5)
+
+
 # -- the method through the engine --
 
 
@@ -680,6 +699,8 @@ def test_a_run_from_config_to_workdir(tmp_path):
     assert {"summary.json", "assignments.csv", "clusters.png"} <= {
         p.name for p in pathlib.Path(tmp_path).iterdir()
     }
+    last = json.loads((tmp_path / "metrics.jsonl").read_text().splitlines()[-1])
+    np.testing.assert_allclose(last["mean_probability"], last["agreement"], atol=1e-3)
     loaded = load(tmp_path)
     assert loaded.config == config
     jax.tree.map(np.testing.assert_array_equal, loaded.state, result.run.state)

@@ -16,6 +16,9 @@ training over the batch, for prediction over the whole data set):
 (7) prior    pi <- (1 - r) pi + r <g>, with a floor; or uniform
 (8) bound    <sum_k g_k(u) log p_k(v)> <= I(cluster of u; v) for P and X: what a head of the network
              knows of one view from the other, in nats; heads are compared by it, without labels
+(9) sure     p(k | x_i) ~ (pi_k p_ik)^(1/T), with T such that the mean of the largest equals the
+             share of examples that keep their cluster in another view: (1) and (2) rank examples
+             by certainty, but at T = 1 their posterior stays near 1/K however clear the groups are
 
 At tau = 1 the gradient of (5) is that of the negative log-likelihood -<log sum_k pi_k p_ik>, whose
 optimum under (1) and (2) is K/2 copies of one split and K/2 of its negative; a lower tau, which
@@ -23,7 +26,7 @@ makes clusters compete, is what cures that. See docs/neural_mixture.md.
 
 Sources: the abstract and second-hand summaries for the method (sigmoid of a normalised score over
 a constant; batch-wise EM in the forward and backward pass; fused with consistency); the text of
-the paper was not available, so (2), (3), (6) to (8) and every setting are our reconstruction.
+the paper was not available, so (2), (3), (6) to (9) and every setting are our reconstruction.
 """
 
 import dataclasses
@@ -309,6 +312,33 @@ def duplicates(
     return twin.sum(-1).astype(log_p.dtype)
 
 
+def agreement(
+    u: Float[Array, "n *h k"], v: Float[Array, "n *h k"], weight: Float[Array, " n"]
+) -> Float[Array, "*h"]:
+    """Share of examples whose most probable cluster is the same in both views."""
+    return _mean((u.argmax(-1) == v.argmax(-1)).astype(u.dtype), weight)
+
+
+def temperature(
+    log_joint: Float[Array, "n *h k"], confidence: Float[Array, "*h"], weight: Float[Array, " n"]
+) -> Float[Array, "*h"]:
+    """Equation (9): T in [1e-4, 1e4] at which the mean largest posterior is ``confidence``.
+
+    Found by bisection of log T, as that mean falls from 1 to 1/K while T rises.
+    """
+
+    def halve(_: Int[Array, ""], bounds: tuple[Array, Array]) -> tuple[Array, Array]:
+        low, high = bounds
+        middle = 0.5 * (low + high)
+        largest = jax.nn.softmax(log_joint / jnp.exp(middle)[..., None], axis=-1).max(-1)
+        too_sure = _mean(largest, weight) > confidence
+        return jnp.where(too_sure, middle, low), jnp.where(too_sure, high, middle)
+
+    bound = jnp.full(confidence.shape, jnp.log(1e4), log_joint.dtype)
+    low, high = jax.lax.fori_loop(0, 30, halve, (-bound, bound))
+    return jnp.exp(0.5 * (low + high))
+
+
 def _wide(x: Array) -> Array:
     return x.astype(jnp.promote_types(x.dtype, jnp.float32))
 
@@ -361,12 +391,14 @@ class Heads:
         norm: statistics over the whole data set, which prediction uses.
         score: equation (8) of each head, in nats.
         best: int32, the head that predicts.
+        temperature: T of equation (9), of each head.
     """
 
     log_prior: Float[Array, "h k"]
     norm: Normaliser
     score: Float[Array, " h"]
     best: Int[Array, ""]
+    temperature: Float[Array, " h"]
 
 
 def _vmap(function: Callable[[Any], Any], x: Any) -> Any:
@@ -382,7 +414,8 @@ def _method(s: NeuralMixture, network: Network, spec: DataSpec) -> Method:
         zeros = jnp.zeros((total, s.num_clusters))
         norm = Normaliser(zeros, zeros + 1.0, zeros)
         prior = zeros - jnp.log(s.num_clusters)
-        return network.init(key, batch["image"]), Heads(prior, norm, jnp.zeros(total), jnp.int32(0))
+        start = Heads(prior, norm, jnp.zeros(total), jnp.int32(0), jnp.ones(total))
+        return network.init(key, batch["image"]), start
 
     def heads_of(scores: Array) -> tuple[Array, Array]:
         """The scores [b, h, k] of the heads, and of the heads for over-clustering."""
@@ -455,21 +488,25 @@ def _method(s: NeuralMixture, network: Network, spec: DataSpec) -> Method:
         )
         score = information(clean[1], seen[1], weight)
         best = score.argmax().astype(jnp.int32)
-        gamma = responsibilities(clean[1] + cluster.log_prior, 0.0)
+        plain, moved = clean[1] + cluster.log_prior, seen[1] + cluster.log_prior
+        same = agreement(plain, moved, weight)
+        sure = temperature(plain, same, weight)
+        gamma = responsibilities(plain, 0.0)
         info = {
             "information": score[best],
+            "agreement": same[best],
             "effective_clusters": effective_clusters(gamma, weight)[best],
             "duplicates": duplicates(clean[1], weight)[best],
             "smallest_weight": jnp.exp(cluster.log_prior[best]).min(),
             "largest_weight": jnp.exp(cluster.log_prior[best]).max(),
         }
-        return params, Heads(cluster.log_prior, clean[0], score, best), info
+        return params, Heads(cluster.log_prior, clean[0], score, best, sure), info
 
     def predict(params: Params, cluster: Heads, batch: Batch, key: PRNGKeyArray) -> Array:
         scores = scores_of(params, batch["image"])[0][:, cluster.best]
         norm = jax.tree.map(lambda a: a[cluster.best], cluster.norm)
         log_joint = log_density(norm, scores, **shape) + cluster.log_prior[cluster.best]
-        return jax.nn.log_softmax(log_joint, axis=-1)
+        return jax.nn.log_softmax(log_joint / cluster.temperature[cluster.best], axis=-1)
 
     def embed(params: Params, cluster: Heads, batch: Batch, key: PRNGKeyArray) -> Array:
         return network.apply(params, batch["image"])[0][:, cluster.best // s.heads]
