@@ -5,7 +5,8 @@ Usage:
   python -m dec_diffusion.main --mode=MODE --workdir=DIR [--config.FIELD=VALUE ...]
 
 Options:
-  --config=CONFIG[:VARIANT]  a config file, or one that comes with the package: {shipped}
+  --config=CONFIG[:VARIANT]  a config file, or one that comes with the package:
+                             {shipped}
   --config.FIELD=VALUE       change a value of the config, say --config.method.num_clusters=12;
                              --config=CONFIG --help lists them all
   --workdir=DIR              folder of the run, made by the first command and resumed by the

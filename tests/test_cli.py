@@ -209,7 +209,7 @@ def test_the_output_tells_progress_and_results(finished):
     assert lines[1].endswith(f"{LAST} steps")
     progress = [line for line in lines if re.match(r" *\d+%  ", line)]
     assert re.fullmatch(
-        r"100%  em 4/4  0:00 left  [\d,]+ examples/s  loss \S+  .*acc \S+  nmi \S+", progress[-1]
+        r"100%  em 6/6  0:00 left  [\d,]+ examples/s  loss \S+  .*acc \S+  nmi \S+", progress[-1]
     )
     assert any(line.startswith("this run ") for line in lines)
     assert f"results: {finished.workdir}" in lines
