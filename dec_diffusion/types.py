@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from typing import Any, TypeVar, dataclass_transform
 
 import jax
-from jaxtyping import Array, Float, Int, PRNGKeyArray, Shaped
+from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, Shaped
 
 Params = Mapping[str, Any]
 """Network parameters: nested dictionaries of arrays."""
@@ -58,6 +58,7 @@ def static(**kwargs: Any) -> Any:
 __all__ = [
     "Array",
     "Batch",
+    "Bool",
     "Float",
     "InputError",
     "Int",
