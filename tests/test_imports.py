@@ -14,7 +14,7 @@ FILES = {
 } | {f"configs.{p.stem}": p for p in CONFIGS.glob("*.py")}
 
 # Modules that know no other part of the package but each other.
-LEAVES = {"types", "schedule", "gmm", "kmeans", "targets", "sampling", "views"}
+LEAVES = {"types", "schedule", "gmm", "kmeans", "targets", "sampling", "search", "views"}
 
 # Where a library may be imported: names of modules, or of packages with all they hold.
 CONFINED = {
@@ -22,6 +22,7 @@ CONFINED = {
     "orbax": {"workdir"},
     "tensorflow_datasets": {"data"},
     "h5py": {"data"},
+    "safetensors": {"networks.diffusers"},
     "absl": {"main"},
     "tensorflow": set(),
     "torch": set(),
