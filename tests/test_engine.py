@@ -21,6 +21,7 @@ from dec_diffusion.config import Config, TrainConfig
 from dec_diffusion.data import DataConfig
 from dec_diffusion.method import DataSpec, EStage, Method, Phase
 from dec_diffusion.methods.clusterddpm import ClusterDDPM
+from dec_diffusion.methods.diec import DiEC
 from dec_diffusion.methods.neural_mixture import NeuralMixture
 
 KEY = jax.random.key(11)
@@ -48,6 +49,23 @@ METHODS = {
         mixture_iterations=3,
         mixture_restarts=2,
         sample_steps=2,
+    ),
+    "diec": DiEC(
+        num_clusters=3,
+        width=4,
+        multipliers=(1,),
+        num_steps=20,
+        timestep=5,
+        dims=3,
+        search_restarts=1,
+        restarts=1,
+        pretrain_iterations=1,
+        iterations=ITERATIONS,
+        steps=STEPS,
+        neighbours=3,
+        hidden=4,
+        sample_steps=2,
+        tolerance=0.0,
     ),
     "neural_mixture": NeuralMixture(
         num_clusters=3,

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 from dec_diffusion.networks.classifier import ConvClassifier, MLPClassifier, ResNet18
 from dec_diffusion.networks.encoder import Encoder
 from dec_diffusion.networks.layers import Network, as_network
-from dec_diffusion.networks.mlp import MLPDenoiser, MLPEncoder
+from dec_diffusion.networks.mlp import MLPDenoiser, MLPEncoder, ResidualMap
 from dec_diffusion.networks.official import OfficialEncoder, OfficialUNet
 from dec_diffusion.networks.unet import UNet
 
@@ -47,6 +47,38 @@ def clusterddpm_networks(
     return as_network(encoder), as_network(denoiser)
 
 
+def denoiser_network(
+    shape: tuple[int, ...],
+    *,
+    width: int,
+    multipliers: tuple[int, ...],
+    blocks: int = 1,
+    attention: tuple[int, ...] = (),
+    dtype: str = "float32",
+) -> Network:
+    """An unconditional denoiser with ``apply(params, x_t, log_snr, features=False)``.
+
+    With ``features`` it returns a pair: the prediction, and a dictionary of every block's output.
+
+    Args:
+        shape: (h, w, c), or (d,) for a multilayer perceptron of three blocks.
+        width: of the first level, or of hidden layers.
+        multipliers: channels of each level in units of ``width``.
+        blocks: residual blocks per level and direction.
+        attention: levels that attend.
+        dtype: of activations.
+    """
+    act = jnp.dtype(dtype)
+    if len(shape) == 1:
+        return as_network(MLPDenoiser(width, dtype=act))
+    return as_network(UNet(width, multipliers, blocks, attention, act))
+
+
+def residual_map(hidden: int) -> Network:
+    """A map of vectors [b, d] that is the identity at the start, with ``hidden`` units."""
+    return as_network(ResidualMap(hidden))
+
+
 def classifier_network(
     kind: str,
     shape: tuple[int, ...],
@@ -79,4 +111,11 @@ def classifier_network(
     return as_network(make(outputs, width, hidden, jnp.dtype(dtype)))
 
 
-__all__ = ["Network", "as_network", "classifier_network", "clusterddpm_networks"]
+__all__ = [
+    "Network",
+    "as_network",
+    "classifier_network",
+    "clusterddpm_networks",
+    "denoiser_network",
+    "residual_map",
+]

@@ -63,3 +63,14 @@ class MLPEncoder(nn.Module):
         for width in self.widths:
             x = nn.silu(nn.Dense(width, dtype=self.dtype)(x))
         return Gaussian(self.latent)(x)
+
+
+class ResidualMap(nn.Module):
+    """``e + W2 silu(W1 norm(e))`` for vectors, with W2 zero at the start: first the identity."""
+
+    hidden: int
+
+    @nn.compact
+    def __call__(self, e: Array) -> Array:
+        y = nn.silu(nn.Dense(self.hidden)(nn.LayerNorm()(e)))
+        return e + nn.Dense(e.shape[-1], kernel_init=nn.initializers.zeros)(y)

@@ -1,0 +1,664 @@
+"""DiEC: clusters from the inner features of a diffusion model (arXiv 2512.20905).
+
+(1) pretraining  a denoiser minimises E |target - prediction(x_t, t)|^2, without any condition.
+(2) features     h_l(x, t): the activation of layer l on x_t = alpha x + sigma eps, averaged over
+                 fixed draws of eps, the same for every example, layer and timestep, in antithetic
+                 pairs (eps, -eps); kept as a map of at most 4 x 4; projected to the principal
+                 axes of a subset, e = A^T (h - mean), of variance 1 if whitened; every e then
+                 scaled to the same length.
+(3) search       (l*, t*) by a label-free score of k-means on e; see ``search``.
+(4) map          z = e + W2 silu(W1 norm(e)), W2 zero at first: k-means of e is the start.
+(5) assignment   q_ij ~ (1 + |z_i - mu_j|^2 / alpha)^(-(alpha + 1) / 2), and at intervals, over the
+                 whole data set, the target p_ij ~ q_ij^2 / sum_i q_ij; see ``targets``.
+(6) clustering   minimises  KL(p | q) + structure * sum_j s_ij |z_i - z_j|^2 + balance *
+                 [log K - H(mean q)] + denoise * (1), with s the adaptive neighbour graph of z,
+                 and e of one fresh antithetic pair (or of two, and then + consistency * KL
+                 between their q).
+
+Sources: the abstracts of versions 1 to 4 and Figure 1 of version 1 for the parts (layer and
+timestep search, residual map, KL objective, adaptive graph and entropy, denoising at random
+timesteps); the body of the paper was not available, so the form of (2), (4) and the weights
+of (6) are ours. (5) is DEC's (Xie et al. 2016), there with alpha = 1; alpha = d - 1 after van der
+Maaten 2009, "Learning a parametric embedding by preserving local structure". See docs/diec.md.
+"""
+
+import dataclasses
+from typing import Any, ClassVar, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from dec_diffusion import features, optimiser, sampling, schedule, search, targets
+from dec_diffusion.features import Denoiser
+from dec_diffusion.kmeans import kmeans
+from dec_diffusion.method import (
+    DataSpec,
+    EStage,
+    Findings,
+    Method,
+    Phase,
+    Rule,
+    check_settings,
+)
+from dec_diffusion.networks import denoiser_network, residual_map
+from dec_diffusion.schedule import Schedule
+from dec_diffusion.search import Cell, Projection
+from dec_diffusion.types import (
+    Array,
+    Batch,
+    Float,
+    InputError,
+    Int,
+    Metrics,
+    Params,
+    PRNGKeyArray,
+    pytree,
+)
+
+_SNAPSHOT = 24  # images generated before fine-tuning, for comparison
+
+
+@dataclasses.dataclass
+class DiEC:
+    """Settings of DiEC.
+
+    Attributes:
+        num_clusters: K.
+        width: channels of the first level of the U-Net (hidden units for vectors).
+        multipliers: channels of each level in units of ``width``.
+        blocks: residual blocks per level and direction.
+        attention: levels that attend.
+        dtype: of activations, ``float32`` or ``bfloat16``.
+        noise_schedule: ``linear`` (betas 1e-4 to 0.02) or ``cosine``.
+        num_steps: T of that schedule; timesteps count from 0, the cleanest.
+        prediction: what the denoiser is asked for, ``eps``, ``v`` or ``x0``. These seven, with
+            the weights, come from the model instead where one is imported.
+        held_out: share of examples that the denoiser is never trained on, and is tested on.
+        pretrain_iterations: of the first phase.
+        layer: name of the layer to use, ``middle`` for the bottleneck; empty to search.
+        timestep: timestep to use; -1 to search.
+        strategy: ``grid`` compares all layers at all timesteps; ``golden`` and ``ternary``
+            narrow the timestep down for one given layer.
+        score: by what cells are compared, equations (1) to (4) of ``search``.
+        timesteps: of the grid.
+        refine: further timesteps next to the best of the grid.
+        largest_timestep: end of the search, as a share of T.
+        subset: examples that the search uses.
+        draws: of noise, over which features are averaged; an even number.
+        pool: keep the ``layout`` of feature maps, at most 4 x 4, or take the ``average``.
+        dims: principal axes kept.
+        whiten: give all of them the same variance.
+        unit: give all examples the same length after that, so that directions are clustered.
+        search_restarts: of k-means in every cell of the search.
+        restarts: of k-means on all the data at the chosen cell.
+        frozen: train only the residual map and the centres, on features computed once.
+        iterations: of the second phase; each ends with new targets.
+        steps: gradient steps per iteration; 0 is one pass over the data.
+        target: ``student`` as in equation (5), or ``sinkhorn``, which makes clusters equal.
+        alpha: degrees of freedom of the kernel in (5); None is dims - 1, at which distances in
+            many dimensions still tell clusters apart (1 in DEC).
+        structure: weight of the graph term in (6).
+        neighbours: of each example in that graph.
+        balance: weight of the balance term.
+        denoise: weight of the denoising loss, a mean over dimensions, while clustering.
+        consistency: weight of the agreement between two draws of noise.
+        tolerance: the second phase ends when fewer labels than this share change.
+        hidden: units of the residual map.
+        pretrain_rate: learning rate of pretraining.
+        learning_rate: of the residual map and the centres.
+        denoiser_rate: of the denoiser while clustering, in units of ``learning_rate``.
+        decay: cosine decay of learning rates to 5%.
+        clip: global norm at which gradients are clipped.
+        ema: decay of the averaged weights.
+        adam_b2: decay of Adam's second moment.
+        sample_steps: denoiser calls per generated example.
+    """
+
+    PRETRAINED: ClassVar[tuple[str, ...]] = (
+        "width",
+        "multipliers",
+        "blocks",
+        "attention",
+        "noise_schedule",
+        "num_steps",
+        "prediction",
+    )
+    """Settings that belong to the denoiser: those of a pretrained one must be the same."""
+
+    num_clusters: int = 10
+    width: int = 16
+    multipliers: tuple[int, ...] = (1, 2, 2)
+    blocks: int = 1
+    attention: tuple[int, ...] = ()
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    noise_schedule: Literal["linear", "cosine"] = "linear"
+    num_steps: int = 1000
+    prediction: Literal["eps", "v", "x0"] = "eps"
+    held_out: float = 0.05
+    pretrain_iterations: int = 30
+    layer: str = ""
+    timestep: int = -1
+    strategy: Literal["grid", "golden", "ternary"] = "grid"
+    score: search.Score = "rank"
+    timesteps: int = 21
+    refine: int = 6
+    largest_timestep: float = 0.5
+    subset: int = 2000
+    draws: int = 4
+    pool: features.Pool = "layout"
+    dims: int = 24
+    whiten: bool = True
+    unit: bool = True
+    search_restarts: int = 4
+    restarts: int = 20
+    frozen: bool = False
+    iterations: int = 12
+    steps: int = 50
+    target: Literal["student", "sinkhorn"] = "student"
+    alpha: float | None = None
+    structure: float = 0.1
+    neighbours: int = 10
+    balance: float = 0.1
+    denoise: float = 1.0
+    consistency: float = 0.0
+    tolerance: float = 1e-3
+    hidden: int = 64
+    pretrain_rate: float = 2e-3
+    learning_rate: float = 1e-3
+    denoiser_rate: float = 0.1
+    decay: bool = True
+    clip: float = 1000.0
+    ema: float = 0.99
+    adam_b2: float = 0.99
+    sample_steps: int = 50
+
+    def build(self, spec: DataSpec) -> Method:
+        """Make the method for data of this shape.
+
+        Raises:
+            InputError: a setting is out of range; names it and the remedy.
+        """
+        _check(self)
+        architecture = spec.pretrained and spec.pretrained.architecture
+        if architecture:
+            return _method(self, features.imported(architecture, spec), spec)
+        network = denoiser_network(
+            spec.shape,
+            width=self.width,
+            multipliers=self.multipliers,
+            blocks=self.blocks,
+            attention=self.attention,
+            dtype=self.dtype,
+        )
+        make = {"linear": schedule.linear, "cosine": schedule.cosine}[self.noise_schedule]
+        denoiser = Denoiser(network, make(self.num_steps), self.prediction)
+        return _method(self, denoiser, spec)
+
+
+@pytree
+class SearchMap:
+    """All cells of a search, in the order of evaluation.
+
+    Attributes:
+        timesteps: int32 [e].
+        cells: scores [e, layers], labels [e, layers, m].
+        value: [e, layers], by which cells were compared.
+        examples: int32 [m], which examples were used.
+        best: int32, the row of ``timesteps`` that was chosen.
+    """
+
+    timesteps: Int[Array, " e"]
+    cells: Cell
+    value: Float[Array, "e layers"]
+    examples: Int[Array, " m"]
+    best: Int[Array, ""]
+
+
+@pytree
+class Clusters:
+    """What moves in closed form; n is the number of examples.
+
+    Attributes:
+        layer, timestep: int32, the chosen cell.
+        projection: from pooled features to e, equation (2).
+        features: e of every example if the denoiser is frozen, else empty.
+        embedded: z of every example.
+        target: p, equation (5).
+        neighbours, similarity: the graph, int32 and s of equation (6).
+        labels: int32, the assignment that belongs to the target.
+        first: int32, k-means at the chosen cell, before any fine-tuning.
+        denoising: squared error on held-out examples (all, if none are) before fine-tuning and
+            now, a mean over dimensions.
+        snapshot: examples generated before fine-tuning.
+        map: of the search.
+    """
+
+    layer: Int[Array, ""]
+    timestep: Int[Array, ""]
+    projection: Projection
+    features: Float[Array, "f d"]
+    embedded: Float[Array, "n d"]
+    target: Float[Array, "n k"]
+    neighbours: Int[Array, "n g"]
+    similarity: Float[Array, "n g"]
+    labels: Int[Array, " n"]
+    first: Int[Array, " n"]
+    denoising: Float[Array, " 2"]
+    snapshot: Float[Array, "m *s"]
+    map: SearchMap
+
+
+def _method(s: DiEC, denoiser: Denoiser, spec: DataSpec) -> Method:
+    """The functions of the method; equation numbers as at the top of the file."""
+    network, grid = denoiser.network, denoiser.grid
+    n, k, d = spec.num_examples, s.num_clusters, s.dims
+    m, alpha = min(s.subset, n), s.alpha or max(1.0, d - 1.0)
+    residual = residual_map(s.hidden)
+    steps = s.steps or spec.steps_per_epoch
+    extract = features.describe(denoiser, spec.shape, pool=s.pool, draws=s.draws)
+    layers, width = extract.layers, extract.width
+    coarse = _timesteps(s, grid)
+    _check_fit(s, layers, spec)
+    held_out = np.random.default_rng(0).random(n) < s.held_out
+
+    def level(timestep: Array, b: int) -> Array:
+        return jnp.full(b, grid.log_snr[timestep])
+
+    def at_cell(params: Params, x: Array, timestep: Array, layer: Array) -> Array:
+        """h of equation (2), [b, width]."""
+        return features.halves(extract, params["denoiser"], x, timestep, layer).mean(0)
+
+    def projected(params: Params, cluster: Clusters, x: Array) -> Array:
+        """e of equation (2), [b, d]."""
+        h = at_cell(params, x, cluster.timestep, cluster.layer)
+        return search.project(cluster.projection, h, unit=s.unit)
+
+    def assign(params: Params, e: Array) -> tuple[Array, Array]:
+        """z and log q, equations (4) and (5)."""
+        z = residual.apply(params["map"], e)
+        return z, targets.log_student_t(z, params["centers"], alpha=alpha)
+
+    def init(key: PRNGKeyArray, batch: Batch) -> tuple[Params, Clusters]:
+        denoiser_key, map_key = jax.random.split(key)
+        x = batch["image"]
+        params = {
+            "denoiser": network.init(denoiser_key, x, jnp.zeros(x.shape[0])),
+            "map": residual.init(map_key, jnp.zeros((1, d))),
+            "centers": jnp.zeros((k, d)),
+        }
+        e, shape = _evaluations(s, coarse), (_evaluations(s, coarse), len(layers))
+        zeros, none = jnp.zeros(shape), jnp.int32(0)
+        cells = Cell(zeros, zeros, zeros, zeros, jnp.zeros((*shape, m), jnp.int16))
+        return params, Clusters(
+            layer=none,
+            timestep=none,
+            projection=Projection(jnp.zeros(width), jnp.zeros((width, d)), jnp.zeros(d)),
+            features=jnp.zeros((n if s.frozen else 0, d)),
+            embedded=jnp.zeros((n, d)),
+            target=jnp.full((n, k), 1.0 / k),
+            neighbours=jnp.zeros((n, s.neighbours), jnp.int32),
+            similarity=jnp.zeros((n, s.neighbours)),
+            labels=jnp.zeros(n, jnp.int32),
+            first=jnp.zeros(n, jnp.int32),
+            denoising=jnp.zeros(2),
+            snapshot=jnp.zeros((_SNAPSHOT, *spec.shape)),
+            map=SearchMap(jnp.zeros(e, jnp.int32), cells, zeros, jnp.zeros(m, jnp.int32), none),
+        )
+
+    # -- denoising --
+
+    def noised(x: Array, key: PRNGKeyArray) -> tuple[Array, Array, Array]:
+        """x_t, its log-SNR and the target, at random timesteps."""
+        level_key, noise_key = jax.random.split(key)
+        log_snr = grid.log_snr[schedule.sample_steps(level_key, x.shape[0], grid)]
+        eps = jax.random.normal(noise_key, x.shape)
+        goal = schedule.target(x, eps, log_snr, prediction=denoiser.prediction)
+        return schedule.add_noise(x, eps, log_snr), log_snr, goal
+
+    def error(goal: Array, out: Array) -> Array:
+        return jnp.square(goal - out).reshape(out.shape[0], -1).mean(1)
+
+    def trained(batch: Batch) -> Array:
+        """Weights that leave out what the denoiser must not see."""
+        return batch["weight"] * (1.0 - jnp.asarray(held_out, jnp.float32)[batch["index"]])
+
+    def pretrain_loss(
+        params: Params, cluster: Clusters, batch: Batch, key: PRNGKeyArray, progress: Array
+    ) -> tuple[Array, tuple[Clusters, Metrics]]:
+        x_t, log_snr, goal = noised(batch["image"], key)
+        out = network.apply(params["denoiser"], x_t, log_snr)
+        loss = _mean(error(goal, out), trained(batch))
+        return loss, (cluster, {"denoising": loss})
+
+    # -- search, equation (3) --
+
+    def images(params: Params, cluster: Clusters, batch: Batch, key: PRNGKeyArray) -> Array:
+        return batch["image"]
+
+    def begin(
+        params: Params,
+        cluster: Clusters,
+        x: Array,
+        weight: Array,
+        key: PRNGKeyArray,
+        progress: Array,
+    ) -> tuple[Params, Clusters, Metrics]:
+        subset_key, score_key, axes_key, kmeans_key, sample_key = jax.random.split(key, 5)
+        x = x[:n]
+        examples = jax.random.permutation(subset_key, n)[:m].astype(jnp.int32)
+        found = explore(params, x[examples], score_key)
+        timesteps, cells = found
+        value = compare(cells)
+        best, layer = jnp.unravel_index(value.argmax(), value.shape)
+        layer, timestep = layer.astype(jnp.int32), timesteps[best]
+
+        h = features.in_blocks(lambda block: at_cell(params, block, timestep, layer), x)
+        projection = search.principal(axes_key, h[examples], d)
+        projection = search.whiten(projection) if s.whiten else projection
+        e = search.project(projection, h, unit=s.unit)
+        start = kmeans(kmeans_key, e, k, restarts=s.restarts, max_iterations=100)
+        cluster = dataclasses.replace(
+            cluster,
+            layer=layer,
+            timestep=timestep,
+            projection=projection,
+            features=e if s.frozen else cluster.features,
+            first=start.labels.astype(jnp.int32),
+            labels=start.labels.astype(jnp.int32),
+            snapshot=draw(params, sample_key, _SNAPSHOT),
+            map=SearchMap(timesteps, cells, value, examples, best.astype(jnp.int32)),
+        )
+        return {**params, "centers": start.centers}, cluster, {}
+
+    def compare(cells: Cell) -> Array:
+        if not s.layer:
+            return search.comparable(cells, s.score, k)
+        at = layers.index(s.layer)
+        value = search.comparable(jax.tree.map(lambda v: v[:, at : at + 1], cells), s.score, k)
+        return jnp.full(cells.chi.shape, -jnp.inf).at[:, at].set(value[:, 0])
+
+    def explore(params: Params, x: Array, key: PRNGKeyArray) -> tuple[Array, Cell]:
+        """Timesteps and the scores of all layers at each."""
+
+        def evaluate(timestep: Array) -> Cell:
+            halves = features.in_blocks(
+                lambda block: features.halves(extract, params["denoiser"], block, timestep), x
+            )
+            return jax.vmap(
+                lambda h: search.score_cell(
+                    key, h, k, dims=d, whitened=s.whiten, unit=s.unit, restarts=s.search_restarts
+                ),
+                in_axes=1,
+            )(halves)
+
+        if s.strategy == "grid" or len(coarse) == 1:
+            refine = s.refine if len(coarse) > 1 else 0
+            return search.grid(
+                evaluate, lambda cells: compare(cells).max(-1), jnp.asarray(coarse), refine=refine
+            )
+        narrow = {"golden": search.golden_section, "ternary": search.ternary}[s.strategy]
+        layer = layers.index(s.layer)
+        return narrow(evaluate, lambda cells: getattr(cells, s.score)[layer], coarse[0], coarse[-1])
+
+    # -- clustering, equations (5) and (6) --
+
+    def loss(
+        params: Params, cluster: Clusters, batch: Batch, key: PRNGKeyArray, progress: Array
+    ) -> tuple[Array, tuple[Clusters, Metrics]]:
+        index, weight = batch["index"], batch["weight"]
+        metrics: dict[str, Array] = {}
+        if s.frozen:
+            seen, denoising = [cluster.features[index]], jnp.float32(0.0)
+        else:
+            seen, denoising = views(params, cluster, batch, key)
+            metrics["denoising"] = denoising
+        out = [assign(params, e) for e in seen]
+        z, log_q = out[0]
+        clustering = _mean(targets.kl(cluster.target[index], log_q), weight)
+        structure = targets.graph_loss(
+            z, cluster.embedded[cluster.neighbours[index]], cluster.similarity[index], weight
+        )
+        balance = targets.balance(log_q, weight)
+        total = clustering + s.structure * structure + s.balance * balance + s.denoise * denoising
+        if len(out) > 1:
+            other = out[1][1]
+            apart = 0.5 * (
+                targets.kl(jax.lax.stop_gradient(jnp.exp(log_q)), other)
+                + targets.kl(jax.lax.stop_gradient(jnp.exp(other)), log_q)
+            )
+            metrics["disagreement"] = _mean(apart, weight)
+            total += s.consistency * metrics["disagreement"]
+        metrics |= {"kl": clustering, "structure": structure, "balance": balance}
+        return total, (cluster, metrics)
+
+    def views(
+        params: Params, cluster: Clusters, batch: Batch, key: PRNGKeyArray
+    ) -> tuple[list[Array], Array]:
+        """e of one or two fresh pairs of draws, and the denoising error, by one call."""
+        x, b = batch["image"], batch["image"].shape[0]
+        noise_key, denoise_key = jax.random.split(key)
+        count = 2 if s.consistency else 1
+        log_snr = level(cluster.timestep, b)
+        eps = jax.random.normal(noise_key, (count, *x.shape))
+        x_t, random_level, goal = noised(x, denoise_key)
+        # In pairs, like the features that the centres were found on: one draw alone is noisier,
+        # and at the same length that much less signal.
+        inputs = [schedule.add_noise(x, sign * one, log_snr) for one in eps for sign in (1, -1)]
+        out, h = features.all_layers(
+            extract,
+            params["denoiser"],
+            jnp.concatenate([*inputs, x_t]),
+            jnp.concatenate([log_snr] * len(inputs) + [random_level]),
+        )
+        h = h[cluster.layer, : len(inputs) * b].reshape(count, 2, b, width).mean(1)
+        e = search.project(cluster.projection, h, unit=s.unit)
+        return list(e), _mean(error(goal, out[len(inputs) * b :]), trained(batch))
+
+    def collect(params: Params, cluster: Clusters, batch: Batch, key: PRNGKeyArray) -> Any:
+        x, index = batch["image"], batch["index"]
+        e = cluster.features[index] if s.frozen else projected(params, cluster, x)
+        # The same noise and timestep for an example at every call.
+        share = jnp.mod(index * 0.6180339887, 1.0)
+        log_snr = grid.log_snr[(share * grid.log_snr.shape[0]).astype(jnp.int32)]
+        eps = jnp.broadcast_to(features.fixed_noise(extract)[0], x.shape)
+        goal = schedule.target(x, eps, log_snr, prediction=denoiser.prediction)
+        out = network.apply(params["denoiser"], schedule.add_noise(x, eps, log_snr), log_snr)
+        return assign(params, e), error(goal, out)
+
+    def update(
+        params: Params,
+        cluster: Clusters,
+        collected: Any,
+        weight: Array,
+        key: PRNGKeyArray,
+        progress: Array,
+    ) -> tuple[Params, Clusters, Metrics]:
+        (z, log_q), errors = jax.tree.map(lambda a: a[:n], collected)
+        target = {"student": targets.target_distribution, "sinkhorn": targets.sinkhorn_target}
+        labels = log_q.argmax(-1).astype(jnp.int32)
+        change = targets.label_change(labels, cluster.labels)
+        tested = held_out if held_out.any() else ~held_out
+        now = _mean(errors, jnp.asarray(tested, jnp.float32))
+        before = jnp.where(progress > 0, cluster.denoising[0], now)
+        neighbours, similarity = targets.neighbour_graph(z, s.neighbours)
+        cluster = dataclasses.replace(
+            cluster,
+            embedded=z,
+            target=target[s.target](log_q),
+            neighbours=neighbours,
+            similarity=similarity,
+            labels=labels,
+            denoising=jnp.stack([before, now]),
+        )
+        info = {
+            "label_change": change,
+            "held_out_denoising": now,
+            "confidence": jnp.exp(log_q.max(-1)).mean(),
+            "converged": (progress > 0) & (change < s.tolerance),
+        }
+        return params, cluster, info
+
+    def predict(params: Params, cluster: Clusters, batch: Batch, key: PRNGKeyArray) -> Array:
+        return assign(params, projected(params, cluster, batch["image"]))[1]
+
+    def embed(params: Params, cluster: Clusters, batch: Batch, key: PRNGKeyArray) -> Array:
+        return assign(params, projected(params, cluster, batch["image"]))[0]
+
+    # -- generation --
+
+    def draw(params: Params, key: PRNGKeyArray, count: int) -> Array:
+        def denoise(x_t: Array, log_snr: Array) -> Array:
+            out = network.apply(params["denoiser"], x_t, log_snr)
+            return schedule.to_x0(out, x_t, log_snr, prediction=denoiser.prediction)
+
+        levels = sampling.subsample(grid, min(s.sample_steps, grid.log_snr.shape[0]))
+        clip = 1.0 if spec.is_image else None
+        return sampling.ddim(denoise, levels, key, (count, *spec.shape), clip=clip)
+
+    def sample(params: Params, cluster: Clusters, key: PRNGKeyArray, component: Array) -> Array:
+        """Twice as many examples as asked for are drawn, all without a condition.
+
+        Each request of a cluster takes the next of the most typical for it; -1 takes the one in
+        its own place.
+        """
+        count = component.shape[0]
+        x = draw(params, key, 2 * count)
+        log_q = assign(params, projected(params, cluster, x))[1]
+        ranking = jnp.argsort(-log_q, axis=0)
+        wanted = jax.nn.one_hot(component, k, dtype=jnp.int32)
+        turn = jnp.sum((jnp.cumsum(wanted, 0) - 1) * wanted, -1)
+        chosen = jnp.where(component < 0, jnp.arange(count), ranking[turn, component])
+        return x[chosen]
+
+    def findings(cluster: Clusters) -> Findings:
+        order = np.argsort(cluster.map.timesteps, kind="stable")
+        cells, best = cluster.map.cells, int(cluster.map.best)
+        return Findings(
+            partitions={"kmeans_at_cell": np.asarray(cluster.first)},
+            figures={
+                "denoising_before": float(cluster.denoising[0]),
+                "denoising_after": float(cluster.denoising[1]),
+            },
+            samples=np.asarray(cluster.snapshot),
+            rows=tuple(int(t) for t in np.asarray(cluster.map.timesteps)[order]),
+            columns=layers,
+            scores={
+                name: np.asarray(score)[order]
+                for name, score in (
+                    ("value", cluster.map.value),
+                    ("chi", cells.chi),
+                    ("corrected", cells.corrected),
+                    ("stability", cells.stability),
+                    ("dimensions", cells.dimensions),
+                )
+            },
+            cells=np.asarray(cells.labels)[order],
+            examples=np.asarray(cluster.map.examples),
+            chosen=(int(np.flatnonzero(order == best)[0]), int(cluster.layer)),
+            boundary=bool(search.at_boundary(cluster.map.timesteps, cluster.map.best)),
+        )
+
+    phases = {
+        "pretrain": Phase(
+            pretrain_loss,
+            _optimiser(s, s.pretrain_iterations * steps, s.pretrain_rate),
+            s.pretrain_iterations,
+            steps,
+            ema=s.ema,
+            assigns=False,
+        ),
+        "cluster": Phase(
+            loss,
+            _fine_tuning(s, s.iterations * steps),
+            s.iterations,
+            steps,
+            begin=EStage(images, begin),
+            refresh=EStage(collect, update),
+            ema=s.ema,
+        ),
+    }
+    if spec.pretrained:
+        del phases["pretrain"]
+    return Method(init, phases, predict, embed, sample, findings)
+
+
+def _check_fit(s: DiEC, layers: tuple[str, ...], spec: DataSpec) -> None:
+    """Check the settings that depend on the network and on the number of examples."""
+    if s.layer and s.layer not in layers:
+        raise InputError(
+            f"--config.method.layer={s.layer}: choose one of {', '.join(layers)}, or none to search"
+        )
+    if s.neighbours >= spec.num_examples:
+        raise InputError(
+            f"--config.method.neighbours={s.neighbours}: there are {spec.num_examples} examples; "
+            "ask for fewer neighbours"
+        )
+
+
+def _mean(x: Array, weight: Array) -> Array:
+    return jnp.sum(x * weight) / jnp.maximum(weight.sum(), 1e-30)
+
+
+def _timesteps(s: DiEC, grid: Schedule) -> list[int]:
+    """Where the search looks first."""
+    last = grid.log_snr.shape[0] - 1
+    if s.timestep >= 0:
+        return [min(s.timestep, last)]
+    return sorted({round(t) for t in np.linspace(0, s.largest_timestep * last, s.timesteps)})
+
+
+def _evaluations(s: DiEC, coarse: list[int]) -> int:
+    """How many timesteps the search visits."""
+    shape = jax.ShapeDtypeStruct((), jnp.float32)
+    if s.strategy == "grid" or len(coarse) == 1:
+        return len(coarse) + (s.refine if len(coarse) > 1 else 0)
+    narrow = {"golden": search.golden_section, "ternary": search.ternary}[s.strategy]
+    run = jax.eval_shape(
+        lambda v: narrow(lambda t: v, lambda f: f, coarse[0], coarse[-1])[0], shape
+    )
+    return run.shape[0]
+
+
+def _optimiser(s: DiEC, steps: int, rate: float) -> optax.GradientTransformation:
+    return optimiser.adam(steps, learning_rate=rate, decay=s.decay, clip=s.clip, b2=s.adam_b2)
+
+
+def _fine_tuning(s: DiEC, steps: int) -> optax.GradientTransformation:
+    """Adam, with smaller steps for the denoiser; none if it is frozen."""
+    rate = 0.0 if s.frozen else s.denoiser_rate
+
+    def scale(updates: Any, params: Any = None) -> Any:
+        slow = jax.tree.map(lambda u: rate * u, updates["denoiser"])
+        return {**updates, "denoiser": slow}
+
+    return optax.chain(_optimiser(s, steps, s.learning_rate), optax.stateless(scale))
+
+
+def _check(s: DiEC) -> None:
+    counts = (
+        "width blocks pretrain_iterations timesteps draws dims search_restarts restarts"
+        " iterations neighbours hidden sample_steps"
+    )
+    sizes = "refine steps structure balance denoise consistency denoiser_rate"
+    rules: list[Rule] = [
+        ("num_clusters num_steps", lambda v: v >= 2, "must be at least 2"),
+        (counts, lambda v: v >= 1, "must be at least 1"),
+        ("pretrain_rate learning_rate clip", lambda v: v > 0, "must be greater than 0"),
+        (sizes, lambda v: v >= 0, "must not be negative"),
+        ("held_out tolerance", lambda v: 0 <= v < 1, "must be at least 0 and below 1"),
+        ("ema adam_b2 largest_timestep", lambda v: 0 <= v <= 1, "must lie between 0 and 1"),
+        ("multipliers", lambda v: v and min(v) >= 1, "needs a level"),
+        ("alpha", lambda v: v is None or v > 0, "must be greater than 0, or none"),
+        ("draws", lambda v: v % 2 == 0, "must be even: noise is drawn in antithetic pairs"),
+        ("subset", lambda v: v > s.num_clusters, "must exceed num_clusters"),
+        ("timestep", lambda v: -1 <= v < s.num_steps, "must be a step of num_steps, or -1"),
+        ("sample_steps", lambda v: v <= s.num_steps, "must not exceed num_steps"),
+    ]
+    check_settings(s, rules)
+    if s.strategy != "grid" and (not s.layer or s.score == "rank"):
+        raise InputError(
+            f"--config.method.strategy={s.strategy}: narrows one layer down by one score; set "
+            "--config.method.layer=middle and --config.method.score=chi, corrected or stability"
+        )
