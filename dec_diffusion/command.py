@@ -46,9 +46,9 @@ def run(options: "Options") -> None:
     if options.mode == "sample":
         said = _sample(trained, place)
     elif options.mode == "predict":
-        said = _predict(trained, place)
+        said = _predict(trained, place, verbose)
     else:
-        said = _evaluate(trained, place, started)
+        said = _evaluate(trained, place, started, verbose)
     if verbose:
         print(said)
 
@@ -171,9 +171,9 @@ def _with_settings(trained: Run, config: Config, path: str) -> Run:
     return trained._replace(config=config, method=config.method.build(trained.spec))
 
 
-def _dataset(trained: Run) -> Dataset:
+def _dataset(trained: Run, verbose: int) -> Dataset:
     """The data of the config, under the scaling of the training data."""
-    dataset = data.load(trained.config.data, shape=trained.spec.shape)
+    dataset = data.load(trained.config.data, shape=trained.spec.shape, verbose=verbose)
     if dataset.is_image and not 0.5 <= dataset.scale / np.max(trained.scale) <= 2.0:
         warnings.warn(
             f"{dataset.name}: its values span {_span(dataset.offset, dataset.scale)}, those of the "
@@ -187,8 +187,8 @@ def _span(offset: Any, scale: Any) -> str:
     return f"{np.min(offset - scale):g} to {np.max(offset + scale):g}"
 
 
-def _evaluate(trained: Run, place: Workdir, started: float) -> str:
-    dataset = _dataset(trained)
+def _evaluate(trained: Run, place: Workdir, started: float, verbose: int) -> str:
+    dataset = _dataset(trained, verbose)
     assignment = train.assign(trained, dataset)
     _make(place.path)
     return results.describe(
@@ -196,8 +196,8 @@ def _evaluate(trained: Run, place: Workdir, started: float) -> str:
     )
 
 
-def _predict(trained: Run, place: Workdir) -> str:
-    dataset = _dataset(trained)
+def _predict(trained: Run, place: Workdir, verbose: int) -> str:
+    dataset = _dataset(trained, verbose)
     assignment = train.assign(trained, dataset)
     _make(place.path)
     results.write_assignments(dataset, assignment, place)

@@ -22,6 +22,7 @@ CONFINED = {
     "orbax": {"workdir"},
     "tensorflow_datasets": {"data"},
     "h5py": {"data"},
+    "pyarrow": {"data"},
     "safetensors": {"networks.diffusers"},
     "absl": {"main"},
     "tensorflow": set(),

@@ -9,12 +9,14 @@ from typing import Literal, get_args, get_origin, get_type_hints
 from dec_diffusion.types import InputError
 
 ARRAY_NAMES = ("array", "npy", "npz")
+TABLE_NAMES = ("csv", "parquet")
 IDX_NAMES = ("idx", "mnist", "fashion-mnist")
 BINARY_NAMES = ("cifar10", "cifar100", "stl10")
 FILELESS = ("digits", "blobs")
-NAMES = (*FILELESS, *IDX_NAMES, *ARRAY_NAMES, "usps", *BINARY_NAMES, "folder", "tfds")
+NAMES = (*FILELESS, *IDX_NAMES, *ARRAY_NAMES, "usps", *BINARY_NAMES, "folder", *TABLE_NAMES, "tfds")
 SPLITS = ("train", "test", "all")
 CIFAR100_LABELS = ("coarse", "fine")
+_CSV_ENDINGS = (".csv", ".tsv", ".csv.gz", ".tsv.gz")
 
 
 @dataclasses.dataclass
@@ -28,8 +30,9 @@ class DataConfig:
         ``mnist``, ``fashion-mnist``, ``idx``: the folder with the four IDX files
         (``train-images-idx3-ubyte`` and so on, gzipped or not), or one IDX file of images.
         ``npy``, ``npz``, ``array``: a NumPy file of images [n, h, w] or [n, h, w, c] or of
-        vectors [n, d]; the three names mean the same, what the file holds decides. Where ``path``
-        is a folder, ``array`` is ``folder``.
+        vectors [n, d]; the three names mean the same, what the file holds decides. ``array`` is
+        also ``csv`` where ``path`` ends in .csv, .tsv, .csv.gz or .tsv.gz, ``parquet`` where it
+        ends in .parquet or is a folder of such files, and ``folder`` where it is another folder.
         ``usps``: ``usps.h5`` with groups ``train`` and ``test``, each ``data`` [n, 256] in
         [0, 1] and ``target`` [n]; needs h5py.
         ``cifar10``, ``cifar100``, ``stl10``: the binary version, as the archive that was
@@ -37,13 +40,23 @@ class DataConfig:
         ``stl10_binary.tar.gz``) or the folder extracted from it.
         ``folder``: a folder of images in any format that Pillow reads, in folders of any depth,
         of any sizes and modes, made one size; needs no labels.
+        ``csv``: a table of numbers as text in UTF-8, gzipped or not, one example per line; tab,
+        semicolon or comma between the fields. Line 1 names the columns if any of its fields is no
+        number; else they are called 1, 2, ... The first column may be text that differs from row
+        to row, and is left out then; other columns of text must be dropped.
+        ``parquet``: a file, or a folder whose ``*.parquet`` files (in it or in its folder
+        ``data``) are parts of one data set; needs pyarrow. Columns of numbers are read as for
+        ``csv``. A column of encoded images (a struct of bytes and path, as Hugging Face data sets
+        have, or plain bytes) is read as for ``folder``, and columns beside it are ignored.
         ``tfds``: a data set already prepared by TFDS in array_record or tfrecord format.
       path: The file or folder, ``~`` allowed. For ``tfds`` either the folder that holds
         ``dataset_info.json``, or the data directory above it (unset: ``$TFDS_DATA_DIR``, else
         ``~/tensorflow_datasets``).
       split: ``train``, ``test`` or ``all`` (every split, one after the other, train first).
         For ``digits`` train is the first 80% (1,437) and test the rest. A NumPy file has a split
-        only if its keys say so, as ``x_train`` or ``train_images`` do. ``folder`` has none.
+        only if its keys say so, as ``x_train`` or ``train_images`` do. ``folder`` and
+        ``csv`` have none. Of ``parquet`` they are the files whose names begin with ``train`` or
+        ``test``.
         ``stl10`` also has ``unlabeled``, 100,000 images that ``all`` leaves out. ``tfds`` also
         takes the split syntax of TFDS, such as ``train[:10%]+test``.
       limit: Use only this many examples, at least 2: a fixed pseudo-random subset in input
@@ -57,13 +70,17 @@ class DataConfig:
         whole, so ``split`` must be ``all``.
       label_key: The same for the labels, which are optional and used for scoring only. For
         ``cifar100``: ``coarse`` (20 classes) or ``fine`` (100). Unset: ``coarse``.
-      size: For ``folder``: height and width that all images get, in pixels. Unset: the size that
-        most of them have, or, where none has a majority, a square of the median of their shorter
-        sides; in both cases scaled down to 64 pixels if larger. Images keep their aspect: what
-        sticks out is cut off on both sides.
-      colour: For ``folder``: ``auto`` (three channels if any image has a colour, else one),
+      label: For ``csv`` and ``parquet``: the column of the labels, whole numbers or text, which is
+        taken off and used for scoring only. Unset: a column called ``label`` or ``labels``, if
+        there is one.
+      drop: For ``csv`` and ``parquet`` without images: columns to leave out, as ``a,b``.
+      size: For ``folder``, and for images in ``parquet``: height and width that all images get, in
+        pixels. Unset: the size that most of them have, or, where none has a majority, a square of
+        the median of their shorter sides; in both cases scaled down to 64 pixels if larger. Images
+        keep their aspect: what sticks out is cut off on both sides.
+      colour: Likewise: ``auto`` (three channels if any image has a colour, else one),
         ``grey`` (always one) or ``rgb`` (always three).
-      broken: For ``folder``: what happens on a file that is no image or cannot be decoded:
+      broken: Likewise: what happens on a file that is no image or cannot be decoded:
         ``refuse`` (stop and name it) or ``skip`` (leave it out with a warning).
       labels: For ``folder``: ``folders`` makes the name of the folder that an image lies in its
         label, for scoring only. ``none``: no labels.
@@ -77,6 +94,8 @@ class DataConfig:
     tfds_name: str | None = None
     image_key: str | None = None
     label_key: str | None = None
+    label: str | None = None
+    drop: tuple[str, ...] = ()
     size: int | None = None
     colour: Literal["auto", "grey", "rgb"] = "auto"
     broken: Literal["refuse", "skip"] = "refuse"
@@ -101,8 +120,8 @@ def check_config(config: DataConfig) -> str:
         raise InputError(
             f"--config.data.name={config.name}: unknown source; {suggest(name, NAMES)}"
         )
-    if name == "array" and config.path and Path(config.path).expanduser().is_dir():
-        name = "folder"
+    if name == "array" and config.path:
+        name = _kind_of(Path(config.path).expanduser())
     splits = (*SPLITS, "unlabeled") if name == "stl10" else SPLITS
     if name != "tfds" and config.split not in splits:
         raise InputError(
@@ -122,12 +141,20 @@ def check_config(config: DataConfig) -> str:
     users = {
         "blobs": ("blobs",),
         "tfds_name": ("tfds",),
-        "image_key": (*ARRAY_NAMES, "tfds"),
+        "image_key": (*ARRAY_NAMES, "parquet", "tfds"),
         "label_key": (*ARRAY_NAMES, "cifar100", "tfds"),
-    } | dict.fromkeys(("size", *CHOICES), ("folder",))
+        "label": TABLE_NAMES,
+        "drop": TABLE_NAMES,
+        "labels": ("folder",),
+    } | dict.fromkeys(("size", "colour", "broken"), ("folder", "parquet"))
     unset = DataConfig()
     for option, names in users.items():
         if getattr(config, option) != getattr(unset, option) and name not in names:
+            if option == "label_key" and name in TABLE_NAMES:
+                raise InputError(
+                    f"--config.data.label_key: {config.path} is a table; name the column of its"
+                    " labels with --config.data.label"
+                )
             raise InputError(
                 f"--config.data.{option}: has no meaning with --config.data.name={config.name}"
                 f" (only with {', '.join(names)}); leave it unset"
@@ -149,6 +176,24 @@ def check_config(config: DataConfig) -> str:
             f" {suggest(config.label_key, CIFAR100_LABELS)}"
         )
     return name
+
+
+def files_of_parquet(folder: Path) -> list[Path]:
+    """The parquet files in a folder or, as the Hugging Face hub lays them out, in its ``data``."""
+    for place in (folder, folder / "data"):
+        found = sorted(p for p in place.glob("*.parquet") if not p.name.startswith((".", "_")))
+        if found:
+            return found
+    return []
+
+
+def _kind_of(path: Path) -> str:
+    """What ``array`` means for this path."""
+    if path.is_dir():
+        return "parquet" if files_of_parquet(path) else "folder"
+    if path.name.lower().endswith(_CSV_ENDINGS):
+        return "csv"
+    return "parquet" if path.suffix.lower() == ".parquet" else "array"
 
 
 def suggest(given: str, known: Iterable[str]) -> str:

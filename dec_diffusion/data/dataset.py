@@ -131,17 +131,18 @@ def choose_rows(num_examples: int, limit: int | None) -> np.ndarray:
     return np.sort(np.random.default_rng(0).permutation(num_examples)[:limit])
 
 
-def check_clusters(dataset: Dataset, num_clusters: int, batch_size: int) -> None:
+def check_clusters(dataset: Dataset, num_clusters: int, batch_size: int, *, least: int = 2) -> None:
     """Check that the data can form ``num_clusters`` clusters and fill one batch.
 
     Raises:
-      InputError: fewer than 2 examples or all of them identical, fewer than 2 clusters, more
-        clusters than distinct examples, or a batch size below 1 or above the number of examples.
+      InputError: fewer than 2 examples or all of them identical, fewer than ``least`` clusters,
+        more clusters than distinct examples, or a batch size below 1 or above the number of
+        examples.
     """
     if dataset.num_examples < 2:
         raise InputError(f"--config.data: {dataset.name} holds only 1 example; give at least 2")
-    if num_clusters < 2:
-        raise InputError(f"--config.method.num_clusters={num_clusters}: must be at least 2")
+    if num_clusters < least:
+        raise InputError(f"--config.method.num_clusters={num_clusters}: must be at least {least}")
     distinct: set[bytes] = set()
     for example in dataset.examples:
         distinct.add(example.tobytes())

@@ -5,43 +5,70 @@ put on white where it is transparent, and scaled so that it just covers the comm
 sticks out on two sides is cut off.
 """
 
+import itertools
 import os
+import time
 import warnings
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
-from typing import NamedTuple, TypeVar
+from typing import Any, BinaryIO, NamedTuple, TypeVar
 
 import numpy as np
 from PIL import Image, ImageOps
 
 from dec_diffusion.data.config import DataConfig
 from dec_diffusion.data.dataset import Dataset, choose_rows, from_arrays
+from dec_diffusion.progress import Progress
 from dec_diffusion.types import InputError
 
 LARGEST = 64  # pixels of the longer side, unless the user asks for more
+BATCH = 256  # images that are decoded before the next ones are looked for
+_TOGETHER = 8  # images that a thread takes at a time
 _ORIENTATION = 0x0112  # EXIF tag; from 5 on, height and width change places
 _NAMED = 5  # files that a warning names
 _IGNORED = {"thumbs.db", "desktop.ini", "__macosx"}  # what operating systems leave in folders
+_QUIET_SECONDS = 3.0  # reading that is over by then needs no progress
+_LIVE_SECONDS = 0.2  # between two states of a live line
 
 _Size = tuple[int, int]  # width, height, as in Pillow
 _T = TypeVar("_T")
 
 
-class Broken(NamedTuple):
-    """A file that cannot be used, and why."""
+class Encoded(NamedTuple):
+    """An image as it is stored.
 
-    file: Path
+    Attributes:
+      name: for messages.
+      open: its bytes, as a stream.
+    """
+
+    name: str
+    open: Callable[[], BinaryIO]
+
+
+class Broken(NamedTuple):
+    """The name of an image that cannot be used, and why."""
+
+    name: str
     reason: str
 
 
-def read_folder(config: DataConfig, shape: tuple[int, ...] | None = None) -> Dataset:
+Batches = Callable[[], Iterator[Sequence[Encoded]]]
+"""All images of a source in order, a few at a time; called once for each pass over them."""
+
+
+def read_folder(
+    config: DataConfig, shape: tuple[int, ...] | None = None, *, verbose: int = 0
+) -> Dataset:
     """All images below a folder, in the order of their paths: uint8 [n, h, w, 1 or 3].
 
     Args:
       config: what to read.
       shape: (h, w, c) that images get where the config leaves it open: what a trained run needs.
+      verbose: 0 is silent, 1 reports progress on standard output if it takes long.
 
     Raises:
       InputError: no folder, no images in it, a file that is none or is broken (unless such
@@ -54,11 +81,53 @@ def read_folder(config: DataConfig, shape: tuple[int, ...] | None = None) -> Dat
             " --config.data.path at the subfolder, with --config.data.split=all"
         )
     files = find_files(folder)
-    headers = _each(read_size, files)
+
+    def batches() -> Iterator[Sequence[Encoded]]:
+        encoded = (Encoded(str(file), partial(file.open, "rb")) for file in files)
+        while batch := list(itertools.islice(encoded, BATCH)):
+            yield batch
+
+    images, rows = read_images(config, batches, len(files), shape, verbose=verbose)
+    paths = [files[row] for row in rows]
+    return from_arrays(
+        images,
+        _class_names(folder, paths) if config.labels == "folders" else None,
+        name=folder.resolve().name or "folder",
+        source=f"--config.data.path={folder}",
+        rows=rows,
+        paths=[str(path) for path in paths],
+    )
+
+
+def read_images(
+    config: DataConfig,
+    batches: Batches,
+    total: int,
+    shape: tuple[int, ...] | None = None,
+    *,
+    verbose: int = 0,
+) -> tuple[np.ndarray, np.ndarray]:
+    """Encoded images of any sizes and modes as one array.
+
+    Args:
+      config: size, colour, what to do with broken ones, and the limit.
+      batches: the images.
+      total: how many they are.
+      shape: see ``read_folder``.
+      verbose: see ``read_folder``.
+
+    Returns:
+      uint8 [n, h, w, 1 or 3], and int64 [n], the places of these images among all.
+
+    Raises:
+      InputError: an image is broken (unless such are skipped), or none is left.
+    """
+    show = _shown(f"looking at {total:,} images", total, verbose)
+    headers = list(_each(read_size, batches(), show))
     broken = [header for header in headers if isinstance(header, Broken)]
     _refuse(config, broken)
-    rows = np.array([i for i, header in enumerate(headers) if not isinstance(header, Broken)], int)
-    # Of all files, not of the chosen ones: a limit must not change the size.
+    rows = np.array([i for i, h in enumerate(headers) if not isinstance(h, Broken)], np.int64)
+    # Of all images, not of the chosen ones: a limit must not change the size.
     size = common_size([h for h in headers if not isinstance(h, Broken)], config.size)
     colour = config.colour
     if shape and len(shape) == 3 and shape[2] in (1, 3):
@@ -66,26 +135,26 @@ def read_folder(config: DataConfig, shape: tuple[int, ...] | None = None) -> Dat
         colour = {1: "grey", 3: "rgb"}[shape[2]] if colour == "auto" else colour
     rows = rows[choose_rows(len(rows), config.limit)]
     mode = "L" if colour == "grey" else "RGB"
-    images = _each(lambda file: read_image(file, size, mode), [files[row] for row in rows])
-    broken += [image for image in images if isinstance(image, Broken)]
+    images = np.empty((len(rows), size[1], size[0], 1 if mode == "L" else 3), np.uint8)
+    whole = np.ones(len(rows), bool)
+    show = _shown(f"reading {len(rows):,} images", len(rows), verbose)
+    decoded = _each(lambda stream: read_image(stream, size, mode), _chosen(batches(), rows), show)
+    for i, image in enumerate(decoded):
+        if isinstance(image, Broken):
+            broken.append(image)
+            whole[i] = False
+        else:
+            images[i] = image
     _refuse(config, broken)
-    good = [(i, image) for i, image in zip(rows, images, strict=True) if _is_whole(image)]
-    if not good:
+    if not whole.any():
         raise InputError(
-            f"--config.data.path={folder}: none of its {len(files)} files is an image that can be"
-            f" read, as {broken[0].file.name}, which {broken[0].reason}; check the path"
+            f"--config.data.path={config.path}: none of its {total} files is an image that can be"
+            f" read, as {broken[0].name}, which {broken[0].reason}; check the path"
         )
     if broken:
-        _warn(broken, len(files))
-    paths = [files[i] for i, _ in good]
-    return from_arrays(
-        _channels(np.stack([np.asarray(image) for _, image in good]), colour),
-        _class_names(folder, paths) if config.labels == "folders" else None,
-        name=folder.resolve().name or "folder",
-        source=f"--config.data.path={folder}",
-        rows=np.array([i for i, _ in good]),
-        paths=[str(path) for path in paths],
-    )
+        _warn(broken, total)
+        images, rows = images[whole], rows[whole]
+    return _channels(images, colour), rows
 
 
 def find_files(folder: Path) -> list[Path]:
@@ -114,9 +183,9 @@ def _is_ignored(name: str) -> bool:
     return name.startswith(".") or name.lower() in _IGNORED
 
 
-def read_size(file: Path) -> _Size:
+def read_size(stream: BinaryIO) -> _Size:
     """Width and height in pixels, once upright; reads the header only."""
-    with Image.open(file) as image:
+    with Image.open(stream) as image:
         width, height = image.size
         # Pillow turns TIFF by itself, and asked for EXIF that a PNG's header lacks it decodes all.
         known = image.format not in ("PNG", "TIFF") or "exif" in image.info
@@ -143,27 +212,34 @@ def common_size(sizes: Sequence[_Size], wanted: int | None) -> _Size:
     return max(1, round(factor * size[0])), max(1, round(factor * size[1]))
 
 
-def read_image(file: Path, size: _Size, mode: str) -> np.ndarray:
-    """The first frame of a file as uint8 [h, w, 3], or [h, w, 1] in mode ``L``.
+def read_image(stream: BinaryIO, size: _Size, mode: str) -> np.ndarray:
+    """The first frame of an image as uint8 [h, w, 3], or [h, w, 1] in mode ``L``.
+
+    Args:
+      stream: its bytes. An open one, as Pillow maps the files that it opens itself, and garbles
+        a TIFF that is turned so.
+      size: what it gets.
+      mode: ``RGB`` or ``L``.
 
     Raises:
       Exception: of any kind, where Pillow cannot decode the file.
       ValueError: pixels of more than 16 bits, whose range is not known.
     """
-    # Opened here, because Pillow maps what it opens itself, and garbles a TIFF that is turned so.
-    with file.open("rb") as stream, Image.open(stream) as image:
+    with Image.open(stream) as image:
         # A large JPEG can be decoded at a fraction of its size, which is several times faster.
         enough = 2 * max(size)
         image.draft(None, (enough, enough))
-        eight_bit = _on_white(ImageOps.exif_transpose(image))
+        image.load()  # a TIFF is turned by this, and its tag gone
+        turned = image.getexif().get(_ORIENTATION, 1) != 1
+        eight_bit = _on_white(ImageOps.exif_transpose(image) if turned else image)
     if eight_bit.size != size:
         eight_bit = ImageOps.fit(eight_bit, size, Image.Resampling.BICUBIC)
-    pixels = np.asarray(eight_bit.convert(mode))
+    pixels = np.asarray(eight_bit if eight_bit.mode == mode else eight_bit.convert(mode))
     return pixels[..., None] if mode == "L" else pixels
 
 
 def _on_white(image: Image.Image) -> Image.Image:
-    """An image of mode RGB with 8 bits per channel."""
+    """An image of mode RGB or L, 8 bits per channel; the same one if it is that already."""
     if image.mode == "F":
         raise ValueError("its pixels are real numbers without a known range; save 8 or 16 bits")
     if image.mode.startswith("I"):
@@ -175,40 +251,91 @@ def _on_white(image: Image.Image) -> Image.Image:
     elif image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    return image.convert("RGB")
+    elif image.mode == "1":
+        image = image.convert("L")
+    return image if image.mode in ("RGB", "L") else image.convert("RGB")
 
 
-def _each(read: Callable[[Path], _T], files: Sequence[Path]) -> list[_T | Broken]:
-    """What ``read`` makes of each file, in threads."""
+def _each(
+    read: Callable[[BinaryIO], _T],
+    batches: Iterable[Sequence[Encoded]],
+    show: Callable[[int], None],
+) -> Iterator[_T | Broken]:
+    """What ``read`` makes of each image, in order, in threads.
 
-    def attempt(file: Path) -> _T | Broken:
-        try:
-            return read(file)
-        except Image.UnidentifiedImageError:
-            return Broken(file, "is not an image that Pillow can read")
-        except Exception as error:  # decoders raise anything on a broken file
-            reason = " ".join(str(error).split())[:120] or type(error).__name__
-            return Broken(file, f"cannot be read ({reason})")
+    Args:
+      read: may raise anything.
+      batches: the images.
+      show: told how many are done, after each batch.
+    """
 
-    with ThreadPoolExecutor(min(16, os.cpu_count() or 1)) as pool:
-        return list(pool.map(attempt, files))
+    def attempt(images: Sequence[Encoded]) -> list[_T | Broken]:
+        results = []
+        for image in images:
+            try:
+                with image.open() as stream:
+                    results.append(read(stream))
+            except Image.UnidentifiedImageError:
+                results.append(Broken(image.name, "is not an image that Pillow can read"))
+            except Exception as error:  # decoders raise anything on a broken file
+                reason = " ".join(str(error).split())[:120] or type(error).__name__
+                results.append(Broken(image.name, f"cannot be read ({reason})"))
+        return results
+
+    done = 0
+    with ThreadPoolExecutor(_threads()) as pool:
+        for batch in batches:
+            parts = [batch[i : i + _TOGETHER] for i in range(0, len(batch), _TOGETHER)]
+            for part in pool.map(attempt, parts):
+                yield from part
+                done += len(part)
+                show(done)
 
 
-def _is_whole(image: object) -> bool:
-    return not isinstance(image, Broken)
+def _threads() -> int:
+    """As many as there are cores for this process, which may be fewer than the machine has."""
+    affinity: Any = getattr(os, "sched_getaffinity", None)  # Linux only
+    cores = len(affinity(0)) if affinity else os.cpu_count() or 1
+    return min(16, cores)
+
+
+def _chosen(batches: Iterable[Sequence[Encoded]], rows: np.ndarray) -> Iterator[Sequence[Encoded]]:
+    """The images with these places, increasing, out of all."""
+    start = 0
+    for batch in batches:
+        first, last = np.searchsorted(rows, (start, start + len(batch)))
+        yield [batch[row - start] for row in rows[first:last]]
+        start += len(batch)
+
+
+def _shown(what: str, total: int, verbose: int) -> Callable[[int], None]:
+    """A function that is told how many images are done, and says so once it takes long."""
+    progress = Progress(total, 0, silent=not verbose)
+    started = time.monotonic()
+    last = started
+
+    def show(done: int) -> None:
+        nonlocal last
+        now = time.monotonic()
+        long = now - started > _QUIET_SECONDS
+        if long and (now - last > _LIVE_SECONDS or done == total):
+            last = now
+            progress.update(done, what, {}, done / (now - started))
+
+    return show
 
 
 def _refuse(config: DataConfig, broken: Sequence[Broken]) -> None:
     if broken and config.broken == "refuse":
         more = f" (and {len(broken) - 1} more like it)" if len(broken) > 1 else ""
         raise InputError(
-            f"{broken[0].file}: {broken[0].reason}{more}; repair or remove it, or leave out what"
+            f"{broken[0].name}: {broken[0].reason}{more}; repair or remove it, or leave out what"
             " cannot be read with --config.data.broken=skip"
         )
 
 
 def _warn(broken: Sequence[Broken], total: int) -> None:
-    named = "; ".join(f"{file} {reason}" for file, reason in broken[:_NAMED])
+    named = "; ".join(f"{name} {reason}" for name, reason in broken[:_NAMED])
     more = f"; and {len(broken) - _NAMED} more" if len(broken) > _NAMED else ""
     warnings.warn(f"left out {len(broken)} of {total} files: {named}{more}", stacklevel=2)
 

@@ -1,17 +1,18 @@
 """From a config to a data set."""
 
-from dec_diffusion.data import binary, files, folder, prepared, synthetic
+from dec_diffusion.data import binary, files, folder, parquet, prepared, synthetic, tables
 from dec_diffusion.data.config import ARRAY_NAMES, BINARY_NAMES, IDX_NAMES, DataConfig, check_config
 from dec_diffusion.data.dataset import Dataset
 
 
-def load(config: DataConfig, *, shape: tuple[int, ...] | None = None) -> Dataset:
+def load(config: DataConfig, *, shape: tuple[int, ...] | None = None, verbose: int = 0) -> Dataset:
     """Read, validate and scale the data that ``config`` names.
 
     Args:
       config: what to read.
       shape: of one example of the training data, if this is to go through a trained run; the
         images of a folder are then made that size.
+      verbose: 0 is silent, 1 shows progress on standard output where images take long to read.
 
     Raises:
       InputError: options that do not fit together, or files that are missing, broken or hold
@@ -33,5 +34,9 @@ def load(config: DataConfig, *, shape: tuple[int, ...] | None = None) -> Dataset
     if name in BINARY_NAMES:
         return binary.read_cifar(config, name)
     if name == "folder":
-        return folder.read_folder(config, shape)
+        return folder.read_folder(config, shape, verbose=verbose)
+    if name == "csv":
+        return tables.read_csv(config)
+    if name == "parquet":
+        return parquet.read_parquet(config, shape, verbose=verbose)
     return prepared.read_tfds(config)
