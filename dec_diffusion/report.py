@@ -17,7 +17,7 @@ import colorsys
 import io
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -228,6 +228,29 @@ def generated_by_cluster(
     _grid_figure(path, pictures[:rows], present, title, words)
 
 
+def image_row(path: Any, images: ArrayLike, title: str, *, columns: int = 12) -> None:
+    """Images in rows of ``columns`` under a title; ``images`` [m, h, w, c] in [0, 1].
+
+    Raises:
+        InputError: wrong shape.
+    """
+    pictures = np.asarray(images)
+    if pictures.ndim != 4 or 0 in pictures.shape:
+        raise InputError(f"images have shape {pictures.shape}: expected [m, h, w, c], not empty")
+    rows = -(-len(pictures) // columns)
+    present = np.arange(rows * columns).reshape(rows, columns) < len(pictures)
+    padding = [(0, rows * columns - len(pictures)), (0, 0), (0, 0), (0, 0)]
+    grid = np.pad(pictures, padding).reshape(rows, columns, *pictures.shape[1:])
+    grid, scale = _fit_tiles(grid, rows, columns)
+    canvas = compose_grid(grid, present, scale=scale)
+    top, margin = 44, 14
+    width, height = canvas.shape[1] + 2 * margin, top + canvas.shape[0] + margin
+    figure = _figure(width / _DPI, height / _DPI)
+    figure.figimage(canvas, margin, margin, origin="upper")
+    _head(figure, title, margin / _DPI, 22 / _DPI)
+    _save(figure, path)
+
+
 def _grid_figure(
     path: Any,
     images: np.ndarray,
@@ -362,6 +385,23 @@ def project(embedding: ArrayLike, *, seed: int = 0) -> tuple[np.ndarray, str]:
     return tsne.fit_transform(centred).astype(np.float64), "t-SNE"
 
 
+class Layout(NamedTuple):
+    """A map of the latent space: which examples [m], where [m, 2], and by which projection."""
+
+    rows: np.ndarray
+    flat: np.ndarray
+    method: str
+
+
+def lay_out(embedding: ArrayLike, *, seed: int = 0, sample: int = 2000) -> Layout:
+    """`project` of at most ``sample`` rows of ``embedding`` [n, d], drawn by ``seed``."""
+    points = np.asarray(embedding)
+    chosen = np.arange(len(points))
+    if len(points) > sample:
+        chosen = np.sort(np.random.default_rng(seed).choice(len(points), sample, replace=False))
+    return Layout(chosen, *project(points[chosen], seed=seed))
+
+
 def latent_map(
     path: Any,
     embedding: ArrayLike,
@@ -370,7 +410,7 @@ def latent_map(
     labels_true: ArrayLike | None = None,
     seed: int = 0,
     sample: int = 2000,
-) -> None:
+) -> Layout:
     """The latent space in two dimensions, coloured by cluster; by class beside it if given.
 
     A class has the colour of the cluster it is matched with.
@@ -382,6 +422,9 @@ def latent_map(
         labels_true: [n] classes of any type, optional, drawn but used for nothing else.
         seed: of the sample and of t-SNE.
         sample: most points drawn.
+
+    Returns:
+        What was drawn where.
 
     Raises:
         InputError: shapes that do not match, non-finite values, negative labels.
@@ -397,10 +440,8 @@ def latent_map(
         raise InputError(f"labels_true has shape {classes.shape}: expected {codes.shape}")
     sizes = np.bincount(codes)
     match = {} if classes is None else {c: k for k, c in best_match(classes, codes).items()}
-    chosen = np.arange(len(points))
-    if len(points) > sample:
-        chosen = np.sort(np.random.default_rng(seed).choice(len(points), sample, replace=False))
-    flat, method = project(points[chosen], seed=seed)
+    layout = lay_out(points, seed=seed, sample=sample)
+    chosen, flat, method = layout
     of_all = f" of {len(points):,}" if len(chosen) < len(points) else ""
     drawn = f"{len(chosen):,}{of_all} points"
     panels = 1 if classes is None else 2
@@ -459,6 +500,7 @@ def latent_map(
             labelspacing=0.55 if len(sizes) <= 25 else 0.35,
         )
     _save(figure, path, dpi=130)
+    return layout
 
 
 def _scatter(axes: "Axes", flat: np.ndarray, groups: Sequence[tuple[str, str, np.ndarray]]) -> None:
@@ -742,6 +784,82 @@ def centres(
     _save(figure, path, dpi=130)
 
 
+_SCORE_NAMES = {
+    "value": "compared by",
+    "chi": "Calinski-Harabasz",
+    "corrected": "corrected by noise",
+    "stability": "stability",
+    "dimensions": "effective rank",
+    "acc": "accuracy (reading only)",
+}
+
+
+def search_map(
+    path: Any,
+    scores: Mapping[str, ArrayLike],
+    timesteps: Sequence[str],
+    layers: Sequence[str],
+    *,
+    chosen: tuple[int, int],
+    boundary: bool = False,
+) -> None:
+    """Heat maps of a search over layers and timesteps, one for each score, beside each other.
+
+    Args:
+        path: PNG file to write.
+        scores: by name, [timesteps, layers]; cells that are not finite stay grey.
+        timesteps: names of the rows; ``layers``: of the columns.
+        chosen: row and column of the chosen cell, which is framed.
+        boundary: whether the title must warn that the choice lies at the edge of the search.
+
+    Raises:
+        InputError: a score of another shape.
+    """
+    r, c = len(timesteps), len(layers)
+    cell_h, cell_w = float(np.clip(5.5 / r, 0.14, 0.4)), float(np.clip(1.9 / c, 0.16, 0.42))
+    wide, high, left, below, above, gap = c * cell_w, r * cell_h, 0.75, 0.95, 0.75, 0.75
+    count = len(scores)
+    figure = _figure(left + count * (wide + gap) + 0.1, below + high + above)
+    width, height = figure.get_size_inches()
+    for i, (name, values) in enumerate(scores.items()):
+        table = np.asarray(values, np.float64)
+        if table.shape != (r, c):
+            raise InputError(f"score {name} has shape {table.shape}: expected ({r}, {c})")
+        x = left + i * (wide + gap)
+        ax = figure.add_axes((x / width, below / height, wide / width, high / height))
+        ax.set_facecolor("#d9dee4")
+        picture = ax.imshow(
+            np.ma.masked_invalid(table), cmap="viridis", aspect="auto", interpolation="nearest"
+        )
+        every = int(np.ceil(0.17 / cell_h))
+        ax.set_yticks(range(0, r, every), timesteps[::every] if i == 0 else [""] * -(-r // every))
+        ax.set_xticks(range(c), list(layers), rotation=90)
+        ax.tick_params(labelsize=8, labelcolor=_INK, length=0)
+        ax.set_title(_SCORE_NAMES.get(name, name), fontsize=9, color=_INK)
+        row, column = chosen
+        frame = {"fill": False, "edgecolor": "#e4572e", "linewidth": 2.0}
+        ax.add_patch(_rectangle((column - 0.5, row - 0.5), 1, 1, **frame))
+        beside = (x + wide + 0.06) / width
+        bar = figure.add_axes((beside, below / height, 0.09 / width, high / height))
+        figure.colorbar(picture, cax=bar)
+        bar.tick_params(labelsize=7, labelcolor=_FAINT, length=0)
+        for spine in (*ax.spines.values(), *bar.spines.values()):
+            spine.set_visible(False)
+        if i == 0:
+            ax.set_ylabel("timestep", fontsize=9.5, color=_INK)
+    where = f"layer {layers[chosen[1]]}, timestep {timesteps[chosen[0]]}"
+    warning = "   ·   at the edge of the search: widen it" if boundary else ""
+    title = f"Search   ·   chosen {where}{warning}"
+    _head(figure, title, left, 0.25)
+    _save(figure, path, dpi=110)
+
+
+def _rectangle(*args: Any, **kwargs: Any) -> Any:
+    from matplotlib.patches import Rectangle
+
+    return Rectangle(*args, **kwargs)
+
+
 def _heat(
     values: np.ndarray,
     rows: Sequence[str],
@@ -811,6 +929,13 @@ def _figure(width: float, height: float) -> "Figure":
     figure = Figure(figsize=(width, height), dpi=_DPI, facecolor="white")
     FigureCanvasAgg(figure)
     return figure
+
+
+def _head(figure: "Figure", title: str, x: float, y: float) -> None:
+    """A title so many inches from the left and from the top."""
+    width, height = figure.get_size_inches()
+    style: dict[str, Any] = {"fontsize": 11.5, "fontweight": "bold", "color": _INK}
+    figure.text(x / width, 1 - y / height, title, va="center", **style)
 
 
 def _save(figure: "Figure", path: Any, *, dpi: int = _DPI) -> None:

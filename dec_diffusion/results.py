@@ -11,9 +11,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dec_diffusion import evaluate, metrics, report
+from dec_diffusion import evaluate, metrics, page, report
 from dec_diffusion.data import Dataset
 from dec_diffusion.evaluate import Assignment
+from dec_diffusion.method import Findings
 from dec_diffusion.types import InputError
 from dec_diffusion.workdir import ASSIGNMENTS, Workdir
 
@@ -26,7 +27,13 @@ _PACKAGES = ("dec_diffusion", "jax", "jaxlib", "flax", "optax", "orbax-checkpoin
 
 
 def write(
-    run: "Run", dataset: Dataset, assignment: Assignment, place: Workdir, *, started: float
+    run: "Run",
+    dataset: Dataset,
+    assignment: Assignment,
+    place: Workdir,
+    *,
+    started: float,
+    training: bool = False,
 ) -> dict[str, Any]:
     """Write everything a person looks at after a run; returns the summary.
 
@@ -36,6 +43,7 @@ def write(
         assignment: of that data set.
         place: the workdir.
         started: ``time.monotonic()`` when the command began.
+        training: whether the data set is the one that the method was trained on.
     """
     write_assignments(dataset, assignment, place)
     truth, num_clusters = dataset.labels, run.config.method.num_clusters
@@ -69,10 +77,76 @@ def write(
         "device": {"kind": jax.devices()[0].device_kind, "count": len(jax.devices())},
         "versions": _versions(),
     }
-    _pictures(run, dataset, assignment, place, records)
+    layout, samples = _pictures(run, dataset, assignment, place, records)
+    if training and run.method.findings is not None:
+        found = run.method.findings(run.state.cluster)
+        summary["baselines"] = {
+            name: {
+                "scores": evaluate.score_labels(assignment.embedding, labels, num_clusters, truth)
+            }
+            for name, labels in found.partitions.items()
+        } | summary["baselines"]
+        summary["search"] = _search(run, found, truth, place)
     summary["seconds_this_command"] = time.monotonic() - started
+    if jax.process_index() == 0:
+        page.write(
+            place.path / page.PAGE,
+            summary,
+            dataset,
+            assignment,
+            config=run.config,
+            layout=layout,
+            samples=samples,
+            command=page.command(run.config, dataset, place.path) if training else None,
+        )
     place.write_json(SUMMARY, summary)
     return summary
+
+
+def _search(
+    run: "Run", found: Findings, truth: np.ndarray | None, place: Workdir
+) -> dict[str, Any]:
+    """Write the map of a search as data and as a picture; returns what the summary says of it."""
+    scores = {name: np.asarray(values) for name, values in found.scores.items()}
+    if truth is not None:
+        scores["acc"] = np.array(
+            [
+                [metrics.external_scores(truth[found.examples], cell)["acc"] for cell in row]
+                for row in found.cells
+            ]
+        )
+    row, column = found.chosen
+    chosen = {
+        "layer": found.columns[column],
+        "timestep": found.rows[row],
+        "boundary": found.boundary,
+        **found.figures,
+    }
+    plain = {
+        name: [[float(v) if np.isfinite(v) else None for v in row] for row in values]
+        for name, values in scores.items()
+    }
+    table = {"timesteps": found.rows, "layers": found.columns, "chosen": chosen, "scores": plain}
+    place.write_json("search.json", table)
+    if truth is not None:
+        # What the label-free choice costs: for the reader, never for the choice.
+        chosen |= {"acc": scores["acc"][row, column], "best_acc_of_all_cells": scores["acc"].max()}
+    if jax.process_index() == 0:
+        names = [str(t) for t in found.rows]
+        report.search_map(
+            place.path / "search.png",
+            scores,
+            names,
+            found.columns,
+            chosen=found.chosen,
+            boundary=found.boundary,
+        )
+        if run.spec.is_image:
+            before = to_unit(found.samples * run.scale + run.offset, run)
+            report.image_row(
+                place.path / "generated_before.png", before, "Generated before fine-tuning"
+            )
+    return chosen
 
 
 def read(place: Workdir) -> dict[str, Any] | None:
@@ -111,8 +185,8 @@ def sample(run: "Run", *, per_cluster: int = SAMPLES_PER_CLUSTER, seed: int = 0)
     return x.reshape(num_clusters, per_cluster, *run.spec.shape)
 
 
-def generate(run: "Run", n: int, *, seed: int = 0) -> np.ndarray:
-    """Generate ``n`` examples of the whole: each draws its cluster first.
+def generate(run: "Run", n: int, *, cluster: int | None = None, seed: int = 0) -> np.ndarray:
+    """Generate ``n`` examples of one cluster, or of the whole: each draws its cluster first.
 
     Returns:
         float32 [n, ...] in the units of the data.
@@ -120,7 +194,7 @@ def generate(run: "Run", n: int, *, seed: int = 0) -> np.ndarray:
     Raises:
         InputError: the method does not generate.
     """
-    return _draw(run, np.full(n, -1), seed)
+    return _draw(run, np.full(n, -1 if cluster is None else cluster), seed)
 
 
 def _draw(run: "Run", component: np.ndarray, seed: int) -> np.ndarray:
@@ -158,11 +232,14 @@ def describe(summary: Mapping[str, Any], folder: Path) -> str:
     for name, scores in rows:
         figures = "".join(f"{scores[c]:11.3f}" for c in columns)
         lines.append(f"{name.replace('_', ' '):18s}{figures}")
+    if found := summary.get("search"):
+        note = ", the first or last timestep tried: widen the search" if found["boundary"] else ""
+        lines.append(f"features of layer {found['layer']} at timestep {found['timestep']}{note}")
     clusters = summary["clusters"]
     lines.append(f"{clusters['found']} of {clusters['asked']} clusters have members")
     lines.append(f"results: {folder}")
     pictures = sorted(p.name for p in folder.glob("*.png"))
-    lines.append("  " + "  ".join([ASSIGNMENTS, SUMMARY, *pictures]))
+    lines.append("  " + "  ".join([page.PAGE, ASSIGNMENTS, SUMMARY, *pictures]))
     return "\n".join(lines)
 
 
@@ -172,10 +249,11 @@ def _pictures(
     assignment: Assignment,
     place: Workdir,
     records: list[dict[str, Any]],
-) -> None:
-    folder, num_clusters = place.path, run.config.method.num_clusters
+) -> tuple[report.Layout | None, np.ndarray | None]:
+    """Draw the pictures; returns what the page shows as well: the map, and images generated."""
+    folder, num_clusters, samples = place.path, run.config.method.num_clusters, None
     if jax.process_index() != 0:
-        return
+        return None, None
     if dataset.is_image:
         report.images_by_cluster(
             folder / "clusters.png",
@@ -185,11 +263,12 @@ def _pictures(
             num_clusters=num_clusters,
         )
         if run.method.sample is not None:
-            report.generated_by_cluster(folder / "generated.png", to_unit(sample(run), run))
+            samples = to_unit(sample(run), run)
+            report.generated_by_cluster(folder / "generated.png", samples)
     else:
         flat = (dataset.examples - run.offset) / run.scale
         report.centres(folder / "clusters.png", flat, assignment.labels, num_clusters=num_clusters)
-    report.latent_map(
+    layout = report.latent_map(
         folder / "latents.png", assignment.embedding, assignment.labels, labels_true=dataset.labels
     )
     if records:
@@ -197,6 +276,7 @@ def _pictures(
     if dataset.labels is not None:
         table, classes, clusters = metrics.contingency(dataset.labels, assignment.labels)
         report.confusion(folder / "confusion.png", table, classes, clusters)
+    return layout, samples
 
 
 def _versions() -> dict[str, str]:

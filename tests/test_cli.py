@@ -63,6 +63,7 @@ DOCUMENTED = {
     "metrics.jsonl",
     "assignments.csv",
     "summary.json",
+    "report.html",
     "clusters.png",
     "generated.png",
     "latents.png",
