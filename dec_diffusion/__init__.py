@@ -1,9 +1,11 @@
 """Deep clustering with diffusion models, in JAX.
 
 >>> import dec_diffusion
->>> run = dec_diffusion.load("runs/clusterddpm-digits")     # doctest: +SKIP
+>>> model = dec_diffusion.load("runs/clusterddpm-digits")     # doctest: +SKIP
+>>> model.predict(X)                                           # doctest: +SKIP
 
-``fit`` trains and writes a workdir, ``load`` reads one back, ``assign`` clusters new data.
+``ClusterDDPM``, ``DiEC`` and ``NeuralMixture`` are scikit-learn estimators for arrays, and ``load``
+gives the one that a workdir holds. ``fit`` trains from a ``Config``, as the command line does.
 """
 
 import importlib
@@ -12,25 +14,25 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from dec_diffusion.config import Config, TrainConfig
     from dec_diffusion.data import DataConfig, Dataset, from_arrays
-    from dec_diffusion.methods.clusterddpm import ClusterDDPM
-    from dec_diffusion.methods.neural_mixture import NeuralMixture
+    from dec_diffusion.estimator import ClusterDDPM, DiEC, NeuralMixture, load
     from dec_diffusion.results import generate, sample
-    from dec_diffusion.train import assign, fit, load
+    from dec_diffusion.train import assign, fit
     from dec_diffusion.types import InputError
 
 _HOMES = {
-    "ClusterDDPM": "methods.clusterddpm",
+    "ClusterDDPM": "estimator",
     "Config": "config",
     "DataConfig": "data",
     "Dataset": "data",
+    "DiEC": "estimator",
     "InputError": "types",
-    "NeuralMixture": "methods.neural_mixture",
+    "NeuralMixture": "estimator",
     "TrainConfig": "config",
     "assign": "train",
     "fit": "train",
     "from_arrays": "data",
     "generate": "results",
-    "load": "train",
+    "load": "estimator",
     "sample": "results",
 }
 
@@ -39,6 +41,7 @@ __all__ = [
     "Config",
     "DataConfig",
     "Dataset",
+    "DiEC",
     "InputError",
     "NeuralMixture",
     "TrainConfig",

@@ -55,6 +55,8 @@ class Config:
         data: which examples to cluster.
         train: settings of the host loop.
         seed: everything random is derived from it.
+        pretrained: for methods that can start from a denoiser (DiEC): the workdir of a run that
+            trained one, or a folder of Hugging Face diffusers with a ``UNet2DModel``.
     """
 
     name: str
@@ -62,6 +64,7 @@ class Config:
     data: DataConfig = dataclasses.field(default_factory=DataConfig)
     train: TrainConfig = dataclasses.field(default_factory=TrainConfig)
     seed: int = 0
+    pretrained: str = ""
 
 
 RESUMABLE = ("train.evaluate_every", "train.checkpoint_every", "train.keep_checkpoints")
@@ -84,6 +87,11 @@ def check(config: Config) -> None:
         least = 0 if name == "resident_gib" else 1
         if value < least:
             raise InputError(f"--config.train.{name}={value}: must be at least {least}")
+    if config.pretrained and not getattr(config.method, "PRETRAINED", ()):
+        raise InputError(
+            f"--config.pretrained={config.pretrained}: {config.name} starts from no denoiser; "
+            "leave it out, or use configs/diec.py"
+        )
     if not 0 <= config.seed < 2**32:
         raise InputError(f"--config.seed={config.seed}: must lie between 0 and {2**32 - 1}")
 

@@ -1,5 +1,6 @@
 """Sweep a trained method over a data set and score the result; labels are used for nothing else."""
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -37,11 +38,7 @@ Assign = Callable[[TrainState], Assignment]
 
 def compile_assign(method: Method, data: parallel.Data, key: PRNGKeyArray) -> Assign:
     """A function from a state to the assignment of every example, by the averaged weights."""
-
-    def both(params: Any, cluster: Any, batch: Any, k: Any) -> Any:
-        return method.predict(params, cluster, batch, k), method.embed(params, cluster, batch, k)
-
-    sweep = parallel.compile_sweep(both, data)
+    sweep = parallel.compile_sweep(_both(method.predict, method.embed), data)
 
     def assign(state: TrainState) -> Assignment:
         log_resp, embedding = sweep(state.ema_params, state.cluster, key)
@@ -54,15 +51,24 @@ def compile_assign(method: Method, data: parallel.Data, key: PRNGKeyArray) -> As
     return assign
 
 
+@functools.lru_cache(maxsize=32)
+def _both(predict: Callable[..., Any], embed: Callable[..., Any]) -> Callable[..., Any]:
+    # The same function for the same method: what was compiled for it is used again.
+    return lambda *args: (predict(*args), embed(*args))
+
+
 def score(assignment: Assignment, num_clusters: int, truth: np.ndarray | None) -> dict[str, float]:
     """Label-free scores of an assignment, and ``acc``, ``nmi``, ``ari``... where labels exist."""
-    scores = metrics.internal_scores(
-        assignment.embedding, assignment.labels, num_clusters=num_clusters
-    )
-    scores["mean_probability"] = float(assignment.probability.mean())
-    if truth is not None:
-        scores |= metrics.external_scores(truth, assignment.labels)
-    return scores
+    scores = score_labels(assignment.embedding, assignment.labels, num_clusters, truth)
+    return scores | {"mean_probability": float(assignment.probability.mean())}
+
+
+def score_labels(
+    x: np.ndarray, labels: np.ndarray, num_clusters: int, truth: np.ndarray | None
+) -> dict[str, float]:
+    """Label-free scores of labels [n] on features [n, d], and others where labels exist."""
+    scores = metrics.internal_scores(x, labels, num_clusters=num_clusters)
+    return scores if truth is None else scores | metrics.external_scores(truth, labels)
 
 
 def compare(

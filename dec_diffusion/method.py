@@ -8,6 +8,7 @@ sweep over the data (a Gaussian mixture, centroids, targets). No signature has r
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Literal, NamedTuple, get_args, get_origin, get_type_hints
 
+import numpy as np
 import optax
 
 from dec_diffusion.types import Array, Batch, InputError, Metrics, Params, PRNGKeyArray
@@ -30,7 +31,8 @@ class EStage(NamedTuple):
         update: ``(params, cluster, features, weight, key, progress) -> (params, cluster, info)``;
             features have the leading axis n, in data order; ``weight`` [n] is 0 on padding;
             ``progress`` runs from 0 to 1 over the phase; ``info`` is a dictionary of scalars to
-            log. Only a stage that begins a phase may change ``params``.
+            log, of which ``converged``, if not 0, ends the phase. Only a stage that begins a
+            phase may change ``params``.
     """
 
     collect: Callable[[Params, Cluster, Batch, PRNGKeyArray], Any]
@@ -65,6 +67,35 @@ class Phase(NamedTuple):
     assigns: bool = True
 
 
+class Findings(NamedTuple):
+    """What a method found on the way and a reader should see beside its assignments.
+
+    Attributes:
+        partitions: by name, int [n]: earlier assignments of the training examples, to be scored
+            beside the baselines.
+        figures: by name, numbers for the summary.
+        samples: [m, ...] in network scale, generated before the last phase.
+        rows: timesteps of a search [e], increasing.
+        columns: names of its layers.
+        scores: by name, [e, layers]; ``value`` is what cells were compared by.
+        cells: int [e, layers, m], clusters in every cell.
+        examples: int [m], which examples those are.
+        chosen: row and column of the cell that was chosen.
+        boundary: whether the chosen timestep is the first or last of those tried.
+    """
+
+    partitions: Mapping[str, np.ndarray]
+    figures: Mapping[str, float]
+    samples: np.ndarray
+    rows: tuple[int, ...]
+    columns: tuple[str, ...]
+    scores: Mapping[str, np.ndarray]
+    cells: np.ndarray
+    examples: np.ndarray
+    chosen: tuple[int, int]
+    boundary: bool
+
+
 class Method(NamedTuple):
     """An algorithm.
 
@@ -77,6 +108,9 @@ class Method(NamedTuple):
         sample: ``(params, cluster, key, component [b]) -> examples`` [b, ...] in network scale,
             one of each component given, -1 to draw the component too; None if the method does
             not generate.
+        findings: ``cluster -> Findings``, on the host, after training; None if there are none.
+        score: ``(params, cluster, batch, key) -> log_likelihood`` [b], in nats; None if the
+            method is no density model.
     """
 
     init: Callable[[PRNGKeyArray, Batch], tuple[Params, Cluster]]
@@ -84,20 +118,36 @@ class Method(NamedTuple):
     predict: Callable[[Params, Cluster, Batch, PRNGKeyArray], Array]
     embed: Callable[[Params, Cluster, Batch, PRNGKeyArray], Array]
     sample: Callable[..., Array] | None = None
+    findings: Callable[[Cluster], Findings] | None = None
+    score: Callable[[Params, Cluster, Batch, PRNGKeyArray], Array] | None = None
+
+
+class Pretrained(NamedTuple):
+    """A denoiser to start from.
+
+    Attributes:
+        params: those parameters of the method that are given, by their top-level name.
+        architecture: of an imported network, JSON values; None for the package's own.
+    """
+
+    params: Params
+    architecture: Mapping[str, Any] | None = None
 
 
 class DataSpec(NamedTuple):
-    """What a method must know of the data before it is built.
+    """What a method must know before it is built.
 
     Attributes:
         shape: of one example: (h, w, c) for images, (d,) for vectors.
         num_examples: n.
         batch_size: examples per gradient step.
+        pretrained: what it starts from, None for nothing.
     """
 
     shape: tuple[int, ...]
     num_examples: int
     batch_size: int = 128
+    pretrained: Pretrained | None = None
 
     @property
     def steps_per_epoch(self) -> int:

@@ -19,6 +19,11 @@ from dec_diffusion.method import EStage, Phase
 from dec_diffusion.types import Array, Batch, Metrics, Params, PRNGKeyArray
 
 _SUPERBATCH_BYTES = 64 * 2**20
+_kept = functools.lru_cache(maxsize=32)
+"""Of a function that makes compiled programs: those of equal arguments are made once.
+
+A second run of the same method on data of the same shape then compiles nothing.
+"""
 
 Step = Callable[[TrainState], tuple[TrainState, dict[str, np.ndarray]]]
 """From a state, which is donated, to the next one and metrics on the host."""
@@ -67,14 +72,38 @@ def compile_sweep(function: Callable[..., Any], data: Data) -> Callable[..., Any
     Returns:
         A function of ``params, cluster, key`` giving numpy arrays [n, ...].
     """
-    stage = EStage(function, lambda *_: ({}, (), {}))
-    sweep = _compile_collect(stage, data)
+    one, (offset, scale) = _mapped(function), (data.examples.offset, data.examples.scale)
 
     def run(params: Params, cluster: Any, key: PRNGKeyArray) -> Any:
-        features, _ = sweep(params, cluster, key)
-        return jax.tree.map(lambda a: np.asarray(a)[: len(data.raw)], features)
+        # A call for each batch, not a scan: one program then serves data of any size, and an
+        # example gets the same result, bit by bit, whatever it comes with.
+        parts = []
+        for number, row in enumerate(data.rows):
+            raw = data.raw[np.maximum(row, 0)]
+            out = one(params, cluster, raw, row, offset, scale, key, number)
+            parts.append(jax.device_get(out))
+        return jax.tree.map(lambda *a: np.concatenate(a)[: len(data.raw)], *parts)
 
     return run
+
+
+@_kept
+def _mapped(function: Callable[..., Any]) -> Callable[..., Any]:
+    @jax.jit
+    def one(
+        params: Params,
+        cluster: Any,
+        raw: Array,
+        index: Array,
+        offset: Array,
+        scale: Array,
+        key: PRNGKeyArray,
+        number: Array,
+    ) -> Any:
+        batch = engine.make_batch(raw, index, offset=offset, scale=scale)
+        return function(params, cluster, batch, jax.random.fold_in(key, number))
+
+    return one
 
 
 def compile_phase(
@@ -99,8 +128,7 @@ def compile_phase(
         for stage in (phase.begin, phase.refresh)
         if stage
     }
-    enter = jax.jit(lambda state, collected, k: engine.begin_phase(phase, state, collected, k))
-    update = jax.jit(functools.partial(engine.e_step, phase), donate_argnums=0)
+    enter, update, iteration = _programs(phase, batch_size, data.rows.shape[1])
 
     def e_step(state: TrainState) -> tuple[TrainState, Metrics]:
         if phase.refresh is None:
@@ -117,12 +145,6 @@ def compile_phase(
         return _to_host((state, {**begun, **info}))
 
     if data.resident:
-        iteration = jax.jit(
-            lambda state, examples, k: engine.em_iteration(
-                phase, state, examples, k, batch_size=batch_size, sweep_size=data.rows.shape[1]
-            ),
-            donate_argnums=0,
-        )
         return begin, lambda state: _to_host(iteration(state, data.examples, key))
 
     m_step = _compile_streamed(phase, data, keys, batch_size=batch_size)
@@ -133,6 +155,22 @@ def compile_phase(
         return _to_host((state, {**metrics, **info}))
 
     return begin, iterate
+
+
+@_kept
+def _programs(
+    phase: Phase, batch_size: int, sweep_size: int
+) -> tuple[Callable[..., Any], Callable[..., Any], Callable[..., Any]]:
+    """Entering a phase, its E-step, and an iteration on resident data."""
+    enter = jax.jit(lambda state, collected, k: engine.begin_phase(phase, state, collected, k))
+    update = jax.jit(functools.partial(engine.e_step, phase), donate_argnums=0)
+    iteration = jax.jit(
+        lambda state, examples, k: engine.em_iteration(
+            phase, state, examples, k, batch_size=batch_size, sweep_size=sweep_size
+        ),
+        donate_argnums=0,
+    )
+    return enter, update, iteration
 
 
 def _compile_streamed(
@@ -161,11 +199,7 @@ def _compile_streamed(
 
 def _compile_collect(stage: EStage, data: Data) -> Callable[[Params, Any, PRNGKeyArray], Collected]:
     if data.resident:
-        resident = jax.jit(
-            lambda params, cluster, key, examples, rows: engine.collect(
-                stage, params, cluster, rows, engine.fetch_resident(examples), key
-            )
-        )
+        resident = _collect_resident(stage)
         return lambda params, cluster, key: resident(params, cluster, key, data.examples, data.rows)
     fetch = _fetch_streamed(data.examples)
     streamed = jax.jit(
@@ -182,6 +216,15 @@ def _compile_collect(stage: EStage, data: Data) -> Callable[[Params, Any, PRNGKe
         return jax.tree.map(lambda *a: jnp.concatenate(a), *parts)
 
     return run
+
+
+@_kept
+def _collect_resident(stage: EStage) -> Callable[..., Collected]:
+    return jax.jit(
+        lambda params, cluster, key, examples, rows: engine.collect(
+            stage, params, cluster, rows, engine.fetch_resident(examples), key
+        )
+    )
 
 
 def _superbatches(data: Data, rows: np.ndarray) -> Any:

@@ -4,6 +4,8 @@
 is ``engine.em_iteration``.
 """
 
+import dataclasses
+import functools
 import os
 import time
 import warnings
@@ -22,7 +24,8 @@ from dec_diffusion import engine, evaluate, parallel, results, workdir
 from dec_diffusion.config import Config
 from dec_diffusion.data import Dataset
 from dec_diffusion.engine import TrainState
-from dec_diffusion.method import DataSpec, Method, Phase
+from dec_diffusion.method import DataSpec, Method, Phase, Pretrained
+from dec_diffusion.networks import diffusers
 from dec_diffusion.progress import Progress
 from dec_diffusion.types import InputError, PRNGKeyArray
 
@@ -58,22 +61,30 @@ class Run(NamedTuple):
 
 
 class Result(NamedTuple):
-    """What ``fit`` returns; the same is in the workdir."""
+    """What ``fit`` returns; the same is in the workdir. Without one, ``summary`` is empty."""
 
     run: Run
     dataset: Dataset
     assignment: evaluate.Assignment
     summary: dict[str, Any]
+    history: list[dict[str, Any]]
 
 
-def fit(config: Config, path: str | os.PathLike[str], *, verbose: int = 1) -> Result:
+def fit(
+    config: Config,
+    path: str | os.PathLike[str] | None,
+    *,
+    dataset: Dataset | None = None,
+    verbose: int = 1,
+) -> Result:
     """Train, or go on training, and leave everything a run leaves in its workdir.
 
     A run that is complete is left as it is.
 
     Args:
         config: the run.
-        path: its workdir; one that already holds this run is resumed.
+        path: its workdir; one that already holds this run is resumed. None leaves nothing.
+        dataset: what to cluster, if it is in memory already and not what ``config.data`` names.
         verbose: 0 is silent, 1 reports on standard output.
 
     Raises:
@@ -83,28 +94,49 @@ def fit(config: Config, path: str | os.PathLike[str], *, verbose: int = 1) -> Re
     """
     started = time.monotonic()
     configs.check(config)
-    dataset = sources.load(config.data)
-    sources.check_clusters(dataset, config.method.num_clusters, config.train.batch_size)
+    # A scan over K may begin at 1, a run of the command line has something to find.
+    least = 2 if dataset is None else 1
+    dataset = sources.load(config.data, verbose=verbose) if dataset is None else dataset
+    sources.check_clusters(
+        dataset, config.method.num_clusters, config.train.batch_size, least=least
+    )
     spec = DataSpec(dataset.example_shape, dataset.num_examples, config.train.batch_size)
-    method = config.method.build(spec)
-    place = workdir.open_workdir(path, configs.to_dict(config), ignore=configs.RESUMABLE)
+    spec = spec._replace(pretrained=_pretrained(config, spec))
+    method = build(config, spec)
+    place = workdir.Memory()
+    if path is not None:
+        place = workdir.open_workdir(path, configs.to_dict(config), ignore=configs.RESUMABLE)
     data = prepare(dataset, config)
     assign = evaluate.compile_assign(method, data, _key(config))
     with place.checkpoints(keep=config.train.keep_checkpoints) as checkpoints:
         state, step, trained = _run(
-            config, method, dataset, data, assign, place, checkpoints, verbose=verbose
+            config, spec, method, dataset, data, assign, place, checkpoints, verbose=verbose
         )
     offset, scale = np.asarray(dataset.offset), np.asarray(dataset.scale)
     run = Run(config, spec, method, state, offset, scale, step)
     assignment = assign(state)
+    if isinstance(place, workdir.Memory):
+        return Result(run, dataset, assignment, {}, place.read_metrics())
     summary = None if trained else results.read(place)
     if summary is None:
         if verbose:
             print("comparing with baselines and drawing pictures ...", flush=True)
-        summary = results.write(run, dataset, assignment, place, started=started)
+        summary = results.write(run, dataset, assignment, place, started=started, training=True)
     if verbose:
         print(results.describe(summary, place.path), flush=True)
-    return Result(run, dataset, assignment, summary)
+    return Result(run, dataset, assignment, summary, place.read_metrics())
+
+
+def build(config: Config, spec: DataSpec) -> Method:
+    """The method; the same one for the same settings and shapes, with its compiled programs."""
+    if spec.pretrained:
+        return config.method.build(spec)
+    return _built(type(config.method), tuple(configs.flatten(config.method).items()), spec)
+
+
+@functools.lru_cache(maxsize=16)
+def _built(kind: type[Any], settings: tuple[tuple[str, Any], ...], spec: DataSpec) -> Method:
+    return kind(**dict(settings)).build(spec)
 
 
 def load(path: str | os.PathLike[str]) -> Run:
@@ -120,7 +152,9 @@ def load(path: str | os.PathLike[str]) -> Run:
     def template(meta: dict[str, Any]) -> Any:
         shape, num_examples = tuple(meta["shape"]), meta["num_examples"]
         spec = DataSpec(shape, num_examples, config.train.batch_size)
-        built.update(spec=spec, method=config.method.build(spec))
+        if config.pretrained:
+            spec = spec._replace(pretrained=Pretrained({}, meta["architecture"]))
+        built.update(spec=spec, method=build(config, spec))
         batch = {
             "image": np.zeros((1, *spec.shape), np.float32),
             "index": np.zeros(1, np.int32),
@@ -136,6 +170,33 @@ def load(path: str | os.PathLike[str]) -> Run:
     offset, scale = (np.asarray(restored.meta[name], np.float32) for name in ("offset", "scale"))
     state = jax.tree.map(jax.numpy.asarray, restored.state)
     return Run(config, built["spec"], built["method"], state, offset, scale, restored.step)
+
+
+def save(run: Run, path: str | os.PathLike[str]) -> workdir.Workdir:
+    """Write a trained method to a new workdir, for ``load`` and for prediction, not for training.
+
+    Raises:
+        InputError: ``path`` is in use or cannot be written.
+    """
+    if (Path(path).expanduser() / workdir.CONFIG).exists():
+        raise InputError(f"--workdir={path}: holds a run already; give a new folder")
+    place = workdir.open_workdir(path, configs.to_dict(run.config))
+    phase, last = list(run.method.phases.items())[-1]
+    params = run.state.ema_params
+    state = dataclasses.replace(run.state, params=params, opt_state=last.tx.init(params))
+    meta = {
+        "architecture": run.spec.pretrained and run.spec.pretrained.architecture,
+        "shape": run.spec.shape,
+        "num_examples": run.spec.num_examples,
+        "offset": run.offset,
+        "scale": run.scale,
+        "crc32": None,
+        "phase": phase,
+        "iteration": last.iterations,
+    }
+    with place.checkpoints() as checkpoints:
+        checkpoints.save(run.step, state, meta)
+    return place
 
 
 def prepare(dataset: Dataset, config: Config) -> parallel.Data:
@@ -155,24 +216,67 @@ def assign(run: Run, dataset: Dataset) -> evaluate.Assignment:
     Raises:
         InputError: its examples have another shape than those of the run.
     """
+    dataset = rescaled(run, dataset)
+    data = prepare(dataset, run.config)
+    return evaluate.compile_assign(run.method, data, _key(run.config))(run.state)
+
+
+def rescaled(run: Run, dataset: Dataset) -> Dataset:
+    """A data set under the scaling of the training data; raises as ``assign`` does."""
     dataset = sources.with_scaling(dataset, run.offset, run.scale)
     if dataset.example_shape != run.spec.shape:
         raise InputError(
             f"--config.data: examples of {dataset.name} have shape {dataset.example_shape}, the "
             f"run was trained on {run.spec.shape}; give data of that shape"
         )
-    data = prepare(dataset, run.config)
-    return evaluate.compile_assign(run.method, data, _key(run.config))(run.state)
+    return dataset
+
+
+def _pretrained(config: Config, spec: DataSpec) -> Pretrained | None:
+    """The denoiser that the config names.
+
+    Raises:
+        InputError: there is none, or it is for other data or settings.
+    """
+    path = config.pretrained
+    if not path:
+        return None
+    option = f"--config.pretrained={path}"
+    if not (Path(path).expanduser() / workdir.CHECKPOINTS).is_dir():
+        try:
+            imported = diffusers.read(path)
+        except InputError as error:
+            raise InputError(f"{option}: {error}") from error
+        return Pretrained({"denoiser": imported.params}, imported.architecture)
+    run = load(path)
+    names = getattr(run.config.method, "PRETRAINED", ())
+    if not names:
+        raise InputError(f"{option}: {run.config.name} has no unconditional denoiser; give another")
+    if run.spec.shape != spec.shape:
+        raise InputError(
+            f"{option}: was trained on examples of shape {run.spec.shape}, these have {spec.shape}"
+        )
+    own, given = config.method, run.config.method
+    if run.spec.pretrained is None:
+        for name in names:
+            if getattr(own, name) != getattr(given, name):
+                raise InputError(
+                    f"{option}: was trained with --config.method.{name}={getattr(given, name)}, "
+                    f"not {getattr(own, name)}; give that here too"
+                )
+    architecture = run.spec.pretrained and run.spec.pretrained.architecture
+    return Pretrained({"denoiser": run.state.ema_params["denoiser"]}, architecture)
 
 
 def _run(
     config: Config,
+    spec: DataSpec,
     method: Method,
     dataset: Dataset,
     data: parallel.Data,
     assign: evaluate.Assign,
-    place: workdir.Workdir,
-    checkpoints: workdir.Checkpoints,
+    place: workdir.Workdir | workdir.Memory,
+    checkpoints: workdir.Checkpoints | workdir.NoCheckpoints,
     *,
     verbose: int,
 ) -> tuple[TrainState, int, bool]:
@@ -182,13 +286,16 @@ def _run(
         The state, its step, and whether there was anything left to do.
     """
     key, batch_size = _key(config), config.train.batch_size
-    about = _about(dataset)
+    about = _about(dataset, spec)
     state, step, after = _start(method, key, parallel.first_batch(data), checkpoints, about)
+    if after is None and spec.pretrained:
+        state = _begin_with(state, spec.pretrained)
     place.truncate_metrics(step)
     resumed_at = step
     total = sum(phase.iterations * phase.steps for phase in method.phases.values())
     progress = Progress(total, step, silent=not verbose)
-    progress.note(_opening(config, dataset, data, place, step, total))
+    complete = next(_remaining(method, after), None) is None
+    progress.note(_opening(config, dataset, data, place, step, total, complete=complete))
 
     for number, name, phase, first in _remaining(method, after):
         phase_key = jax.random.fold_in(key, number + 1)
@@ -202,7 +309,8 @@ def _run(
             seconds = time.monotonic() - start
             _check_finite(metrics, state, name, step, checkpoints)
             step += phase.steps
-            last, fresh = iteration == phase.iterations, {}
+            settled = bool(metrics.pop("converged", 0))
+            last, fresh = settled or iteration == phase.iterations, {}
             if phase.assigns and (last or iteration % config.train.evaluate_every == 0):
                 fresh = evaluate.score(assign(state), config.method.num_clusters, dataset.labels)
                 _warn_of_empty(fresh, config.method.num_clusters, step)
@@ -215,10 +323,13 @@ def _run(
                 | {"seconds": seconds, "examples_per_second": rate}
             )
             if last or iteration % config.train.checkpoint_every == 0:
-                at = {"phase": name, "iteration": iteration}
+                # A phase that ended early has nothing left to resume.
+                at = {"phase": name, "iteration": phase.iterations if last else iteration}
                 checkpoints.save(step, state, at | about)
-            where = f"{name} {iteration}/{phase.iterations}"
+            where = f"{name} {iteration}/{phase.iterations}" + ", settled" * settled
             progress.update(step, where, record | scores, rate)
+            if last:
+                break
     return state, step, step > resumed_at
 
 
@@ -226,7 +337,7 @@ def _start(
     method: Method,
     key: PRNGKeyArray,
     batch: Any,
-    checkpoints: workdir.Checkpoints,
+    checkpoints: workdir.Checkpoints | workdir.NoCheckpoints,
     about: dict[str, Any],
 ) -> tuple[TrainState, int, tuple[str, int] | None]:
     """A fresh state, or the newest checkpoint with its step and (phase, iteration).
@@ -251,9 +362,28 @@ def _start(
     return state, restored.step, (restored.meta["phase"], restored.meta["iteration"])
 
 
-def _about(dataset: Dataset) -> dict[str, Any]:
+def _begin_with(state: TrainState, pretrained: Pretrained) -> TrainState:
+    """A fresh state with the parameters that are given.
+
+    Raises:
+        InputError: they have other shapes than the method's.
+    """
+
+    def shapes(tree: Any) -> Any:
+        return jax.tree.map(np.shape, tree)
+
+    for name, given in pretrained.params.items():
+        if shapes(given) != shapes(state.params[name]):
+            raise InputError("--config.pretrained: its weights do not fit these data and settings")
+    given = jax.tree.map(jax.numpy.asarray, dict(pretrained.params))
+    params = {**state.params, **given}
+    return dataclasses.replace(state, params=params, ema_params=params)
+
+
+def _about(dataset: Dataset, spec: DataSpec) -> dict[str, Any]:
     """What a checkpoint must know of its data: to predict on others, and to resume on these."""
     return {
+        "architecture": spec.pretrained and spec.pretrained.architecture,
         "shape": dataset.example_shape,
         "num_examples": dataset.num_examples,
         "offset": np.asarray(dataset.offset),
@@ -280,7 +410,7 @@ def _check_finite(
     state: TrainState,
     phase: str,
     step: int,
-    checkpoints: workdir.Checkpoints,
+    checkpoints: workdir.Checkpoints | workdir.NoCheckpoints,
 ) -> None:
     finite = np.isfinite(metrics["loss"]) & np.isfinite(metrics["grad_norm"])
     if finite.all():
@@ -319,16 +449,18 @@ def _opening(
     config: Config,
     dataset: Dataset,
     data: parallel.Data,
-    place: workdir.Workdir,
+    place: workdir.Workdir | workdir.Memory,
     step: int,
     total: int,
+    *,
+    complete: bool,
 ) -> str:
     device = jax.devices()[0]
     shape = "x".join(map(str, dataset.example_shape))
     where = "on the device" if data.resident else "streamed from the host"
     start = f"resuming at step {step:,} of {total:,}" if step else f"{total:,} steps"
-    if step == total:
-        start = f"complete, all {total:,} steps are done"
+    if complete:
+        start = f"complete after {step:,} steps"
     return (
         f"{config.name}: {dataset.num_examples:,} examples of {shape} ({dataset.name}, {where}), "
         f"{config.method.num_clusters} clusters, {len(jax.devices())} {device.platform} device(s)\n"

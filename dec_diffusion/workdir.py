@@ -114,6 +114,13 @@ class Workdir(NamedTuple):
         if _is_writer():
             _write_atomic(self.path / name, _json_text(obj))
 
+    def read_json(self, name: str) -> Any:
+        """What ``write_json`` wrote; None if it is not there, or damaged."""
+        try:
+            return json.loads((self.path / name).read_bytes())
+        except (FileNotFoundError, ValueError):
+            return None
+
     def write_assignments(
         self,
         index: Iterable[int],
@@ -161,6 +168,58 @@ class Workdir(NamedTuple):
         if _is_writer() and (self.path / METRICS).exists():
             kept = [r for r in self.read_metrics() if not _after(r, step)]
             _write_atomic(self.path / METRICS, "".join(json.dumps(r) + "\n" for r in kept))
+
+    def read_assignments(self) -> tuple[np.ndarray, np.ndarray] | None:
+        """The clusters in ``assignments.csv``, int32 [n], and their probabilities, float32 [n].
+
+        None if the file is not there, or damaged.
+        """
+        try:
+            with open(self.path / ASSIGNMENTS, encoding="utf-8", errors="replace") as file:
+                rows = [(int(r["cluster"]), float(r["probability"])) for r in csv.DictReader(file)]
+            return np.array([c for c, _ in rows], np.int32), np.array([p for _, p in rows], "f4")
+        except (FileNotFoundError, KeyError, TypeError, ValueError):
+            return None
+
+
+class Memory:
+    """Stands in for a workdir where a run shall leave nothing on disk; keeps its metrics."""
+
+    path = "none"
+
+    def __init__(self) -> None:
+        self._metrics: list[dict[str, Any]] = []
+
+    def checkpoints(self, *, keep: int = 3) -> "NoCheckpoints":
+        return NoCheckpoints()
+
+    def append_metrics(self, record: Mapping[str, Any]) -> None:
+        self._metrics.append(_plain(record))
+
+    def read_metrics(self) -> list[dict[str, Any]]:
+        return self._metrics
+
+    def truncate_metrics(self, step: int) -> None:
+        pass
+
+
+class NoCheckpoints(contextlib.nullcontext):
+    """Stands in for ``Checkpoints`` where nothing is saved."""
+
+    def steps(self) -> list[int]:
+        return []
+
+    def save(self, step: int, state: Any, meta: Mapping[str, Any]) -> bool:
+        return False
+
+    def restore_latest(self, template: Any) -> None:
+        return None
+
+    def wait(self) -> None:
+        pass
+
+    def __enter__(self) -> "NoCheckpoints":
+        return self
 
 
 def _records(text: str) -> Iterator[dict[str, Any]]:

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from scipy.special import logsumexp, softmax
 
-from dec_diffusion import Config, engine, fit, load, metrics
+from dec_diffusion import Config, engine, fit, metrics
 from dec_diffusion.config import TrainConfig
 from dec_diffusion.data import DataConfig
 from dec_diffusion.data import load as load_data
@@ -23,6 +23,7 @@ from dec_diffusion.data.synthetic import SETS, draw_blobs, log_posterior
 from dec_diffusion.method import DataSpec
 from dec_diffusion.methods import neural_mixture as nm
 from dec_diffusion.methods.neural_mixture import NeuralMixture
+from dec_diffusion.train import load
 from dec_diffusion.types import InputError
 
 DENSITIES = ("S", "P", "X")
@@ -409,7 +410,7 @@ def examples_of(x, scaled):
         ("prior", "flat"),
         ("network", "unet"),
         ("dtype", "float16"),
-        ("num_clusters", 1),
+        ("num_clusters", 0),
         ("over_clusters", 1),
         ("heads", 0),
         ("iterations", 0),
@@ -666,6 +667,7 @@ import jax, jax.numpy as jnp, numpy as np
 from jax.sharding import NamedSharding, PartitionSpec as P
 from dec_diffusion.method import DataSpec
 from dec_diffusion.methods.neural_mixture import NeuralMixture
+from dec_diffusion.train import load
 
 for density in "SPX":
     method = NeuralMixture(num_clusters=4, density=density, network="mlp", width=8, hidden=8,

@@ -381,6 +381,11 @@ def _method(
     def embed(params: Params, cluster: Mixture, batch: Batch, key: PRNGKeyArray) -> Array:
         return encode(params, ranged(batch))[0]
 
+    def score(params: Params, cluster: Mixture, batch: Batch, key: PRNGKeyArray) -> Array:
+        """The term of equation (1) that is each example's: of the latents, not of the data."""
+        mean, variance = encode(params, ranged(batch))
+        return gmm.log_responsibilities(cluster, mean, variance)[1]
+
     def sample(params: Params, cluster: Mixture, key: PRNGKeyArray, component: Array) -> Array:
         """Equation (6): one example in network scale for each component given [b], -1 for any."""
         c_key, z_key, x_key = jax.random.split(key, 3)
@@ -422,7 +427,7 @@ def _method(
             ema=s.ema,
         ),
     }
-    return Method(init, phases, predict, embed, sample)
+    return Method(init, phases, predict, embed, sample, score=score)
 
 
 def _optimiser(s: ClusterDDPM, steps: int, *, constant: int = 0) -> optax.GradientTransformation:

@@ -502,11 +502,19 @@ def _method(s: NeuralMixture, network: Network, spec: DataSpec) -> Method:
         }
         return params, Heads(cluster.log_prior, clean[0], score, best, sure), info
 
-    def predict(params: Params, cluster: Heads, batch: Batch, key: PRNGKeyArray) -> Array:
+    def best_joint(params: Params, cluster: Heads, batch: Batch) -> Array:
+        """log pi_k p_ik of the head that predicts, normalised over the whole data set."""
         scores = scores_of(params, batch["image"])[0][:, cluster.best]
         norm = jax.tree.map(lambda a: a[cluster.best], cluster.norm)
-        log_joint = log_density(norm, scores, **shape) + cluster.log_prior[cluster.best]
+        return log_density(norm, scores, **shape) + cluster.log_prior[cluster.best]
+
+    def predict(params: Params, cluster: Heads, batch: Batch, key: PRNGKeyArray) -> Array:
+        log_joint = best_joint(params, cluster, batch)
         return jax.nn.log_softmax(log_joint / cluster.temperature[cluster.best], axis=-1)
+
+    def score(params: Params, cluster: Heads, batch: Batch, key: PRNGKeyArray) -> Array:
+        """log sum_k pi_k p_ik, the log-likelihood against the data measure."""
+        return jax.nn.logsumexp(best_joint(params, cluster, batch), axis=-1)
 
     def embed(params: Params, cluster: Heads, batch: Batch, key: PRNGKeyArray) -> Array:
         return network.apply(params, batch["image"])[0][:, cluster.best // s.heads]
@@ -519,7 +527,7 @@ def _method(s: NeuralMixture, network: Network, spec: DataSpec) -> Method:
         refresh=EStage(collect, update),
         ema=s.ema,
     )
-    return Method(init, {"em": em}, predict, embed)
+    return Method(init, {"em": em}, predict, embed, score=score)
 
 
 def _view(s: NeuralMixture) -> views.View:
@@ -539,8 +547,12 @@ def _optimiser(s: NeuralMixture, steps: int) -> optax.GradientTransformation:
 
 def _check(s: NeuralMixture) -> None:
     rules: list[Rule] = [
-        ("num_clusters over_clusters", lambda v: v >= 2, "must be at least 2"),
-        ("networks heads width hidden iterations", lambda v: v >= 1, "must be at least 1"),
+        ("over_clusters", lambda v: v >= 2, "must be at least 2"),
+        (
+            "num_clusters networks heads width hidden iterations",
+            lambda v: v >= 1,
+            "must be at least 1",
+        ),
         ("gain learning_rate clip", lambda v: v > 0, "must be greater than 0"),
         (
             "tau tau_start over_heads rotate shift scale shear jitter noise steps weight_decay",
