@@ -538,7 +538,8 @@ class DiEC(_Estimator):
         k, d = centers.shape
         alpha = self._run.config.method.alpha or max(1.0, d - 1.0)
         square = np.square(z[:, None] - centers).sum(-1)
-        return logsumexp(-(alpha + 1) / 2 * np.log1p(square / alpha), axis=1, b=1 / k)
+        log_kernel = -(alpha + 1) / 2 * np.log1p(square / alpha)
+        return np.asarray(logsumexp(log_kernel, axis=1)) - math.log(k)
 
 
 def load(path: str | os.PathLike[str]) -> ClusterDDPM | DiEC | NeuralMixture:
