@@ -41,6 +41,7 @@ FORBIDDEN = {
     "workdir": {"methods", "networks", "engine", "parallel", "train", "main", "data"},
     "evaluate": {"train", "estimator", "main"},
     "report": {"train", "estimator", "main"},
+    "page": {"train", "estimator", "main"},
     "train": {"estimator", "main"},
     "estimator": {"main"},
 }
