@@ -64,7 +64,7 @@ ALL = list(TINY)
 
 EXPECTED: dict[type[_Estimator], dict[str, str]] = {}
 
-POINTS, TRUTH = make_blobs(40, centers=[[0, 0, 0], [9, 9, 0]], random_state=0)
+POINTS, TRUTH = map(np.asarray, make_blobs(40, centers=[[0, 0, 0], [9, 9, 0]], random_state=0)[:2])
 _RNG = np.random.default_rng(0)
 ARRAYS = {
     "points": POINTS,

@@ -184,7 +184,7 @@ def test_a_complete_run_is_left_alone(whole, capsys):
     assert {p: p.stat().st_mtime_ns for p in before} == before
     assert_bitwise(result, again)
     assert again.summary == json.loads((workdir / "summary.json").read_text())
-    assert "complete, all 18 steps are done" in capsys.readouterr().out
+    assert "complete after 18 steps" in capsys.readouterr().out
 
 
 def test_labels_change_nothing_but_the_scores(whole, blobs, tmp_path):
