@@ -51,7 +51,7 @@ def compile_assign(method: Method, data: parallel.Data, key: PRNGKeyArray) -> As
     return assign
 
 
-@functools.lru_cache(maxsize=32)
+@functools.lru_cache(maxsize=8)
 def _both(predict: Callable[..., Any], embed: Callable[..., Any]) -> Callable[..., Any]:
     # The same function for the same method: what was compiled for it is used again.
     return lambda *args: (predict(*args), embed(*args))

@@ -19,7 +19,7 @@ from dec_diffusion.method import EStage, Phase
 from dec_diffusion.types import Array, Batch, Metrics, Params, PRNGKeyArray
 
 _SUPERBATCH_BYTES = 64 * 2**20
-_kept = functools.lru_cache(maxsize=32)
+_kept = functools.lru_cache(maxsize=8)
 """Of a function that makes compiled programs: those of equal arguments are made once.
 
 A second run of the same method on data of the same shape then compiles nothing.

@@ -134,7 +134,7 @@ def build(config: Config, spec: DataSpec) -> Method:
     return _built(type(config.method), tuple(configs.flatten(config.method).items()), spec)
 
 
-@functools.lru_cache(maxsize=16)
+@functools.lru_cache(maxsize=4)
 def _built(kind: type[Any], settings: tuple[tuple[str, Any], ...], spec: DataSpec) -> Method:
     return kind(**dict(settings)).build(spec)
 

@@ -159,7 +159,7 @@ def test_digits_are_learnt(kind, width, least):
         updates, opt_state = tx.update(jax.grad(loss)(params), opt_state)
         return (optax.apply_updates(params, updates), opt_state), None
 
-    train = jax.jit(lambda s: jax.lax.scan(step, s, jax.random.split(KEY, 200))[0])
+    train = jax.jit(lambda s: jax.lax.scan(step, s, jax.random.split(KEY, 300))[0])
     params, _ = train((params, tx.init(params)))
     found = np.asarray(jax.jit(net.apply)(params, x[1437:])[1]).argmax(-1)
     assert (found == labels[1437:]).mean() >= least

@@ -305,7 +305,7 @@ def test_what_changes_no_weight_may_change_on_resume(capsys, copy):
     change = "--config.train.keep_checkpoints=5"
     assert main.execute(["main", *TINY, change, f"--workdir={copy}"]) == 0
     assert json.loads((copy / "config.json").read_text())["train"]["keep_checkpoints"] == 5
-    assert f"complete, all {LAST} steps are done" in capsys.readouterr().out
+    assert f"complete after {LAST} steps" in capsys.readouterr().out
 
 
 def test_a_loss_that_is_not_finite_stops_and_spoils_nothing(run_python, tmp_path):

@@ -196,11 +196,13 @@ def test_an_estimator_keeps_its_promises(kind, form):
 def test_the_same_seed_gives_the_same_and_compiles_nothing(kind):
     model = fitted(kind, "points")
     before = parallel._programs.cache_info().misses
-    again = clone(model).fit(POINTS)
+    again: Any = clone(model)
+    again.fit(POINTS)
     assert parallel._programs.cache_info().misses == before
     np.testing.assert_array_equal(again.labels_, model.labels_)
     np.testing.assert_array_equal(again.transform(POINTS), model.transform(POINTS))
-    other = clone(model).set_params(random_state=1).fit(POINTS)
+    other: Any = clone(model)
+    other.set_params(random_state=1).fit(POINTS)
     assert not np.array_equal(other.transform(POINTS), model.transform(POINTS))
 
 
