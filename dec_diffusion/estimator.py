@@ -535,8 +535,7 @@ class DiEC(_Estimator):
         """
         z = self.transform(X).astype(np.float64)
         centers = np.asarray(self._run.state.ema_params["centers"], np.float64)
-        k, d = centers.shape
-        alpha = self._run.config.method.alpha or max(1.0, d - 1.0)
+        k, alpha = len(centers), self._run.config.method.freedom
         square = np.square(z[:, None] - centers).sum(-1)
         log_kernel = -(alpha + 1) / 2 * np.log1p(square / alpha)
         return np.asarray(logsumexp(log_kernel, axis=1)) - math.log(k)

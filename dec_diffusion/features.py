@@ -151,16 +151,13 @@ def imported(architecture: Mapping[str, Any], spec: DataSpec) -> Denoiser:
             f"multiples of {multiple}, these have shape {spec.shape}; --config.data.size resizes "
             "folders of images"
         )
-    network, levels = diffusers.network(architecture), diffusers.log_snr_grid(architecture)
-    grid = jnp.asarray(levels, jnp.float32)
+    network = diffusers.network(architecture)
+    grid = jnp.asarray(diffusers.log_snr_grid(architecture), jnp.float32)
 
     def apply(params: Params, x_t: Array, log_snr: Array, **options: Any) -> Any:
         timestep = jnp.interp(-log_snr, -grid, jnp.arange(grid.shape[0], dtype=jnp.float32))
         return network.apply(params, x_t, timestep, **options)
 
-    def init(key: PRNGKeyArray, x: Array, log_snr: Array) -> Params:
-        return network.init(key, x, log_snr)
-
     names: dict[str, Prediction] = {"epsilon": "eps", "sample": "x0", "v_prediction": "v"}
     prediction = names[architecture["scheduler"]["prediction_type"]]
-    return Denoiser(Network(init, apply), Schedule(grid), prediction)
+    return Denoiser(Network(network.init, apply), Schedule(grid), prediction)

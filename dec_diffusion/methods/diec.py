@@ -174,6 +174,11 @@ class DiEC:
     adam_b2: float = 0.99
     sample_steps: int = 50
 
+    @property
+    def freedom(self) -> float:
+        """alpha of equation (5), with its default filled in."""
+        return self.alpha or max(1.0, self.dims - 1.0)
+
     def build(self, spec: DataSpec) -> Method:
         """Make the method for data of this shape.
 
@@ -254,7 +259,7 @@ def _method(s: DiEC, denoiser: Denoiser, spec: DataSpec) -> Method:
     """The functions of the method; equation numbers as at the top of the file."""
     network, grid = denoiser.network, denoiser.grid
     n, k, d = spec.num_examples, s.num_clusters, s.dims
-    m, alpha = min(s.subset, n), s.alpha or max(1.0, d - 1.0)
+    m, alpha = min(s.subset, n), s.freedom
     residual = residual_map(s.hidden)
     steps = s.steps or spec.steps_per_epoch
     extract = features.describe(denoiser, spec.shape, pool=s.pool, draws=s.draws)
