@@ -15,6 +15,7 @@ float32 stays accurate for means far from zero. Rows of weight 0 (padding) must 
 no effect.
 """
 
+import dataclasses
 import functools
 import math
 
@@ -54,9 +55,12 @@ def distances(x: Float[Array, "n d"], centers: Float[Array, "k d"]) -> Float[Arr
 def assign(x: Float[Array, "n d"], centers: Float[Array, "k d"]) -> Int[Array, " n"]:
     """The index of the nearest centre of each point (2); ties go to the lower index."""
     reference = jnp.mean(centers, axis=0)
-    c = centers - reference
-    # |x|^2 is the same for every centre and would only add rounding.
-    return jnp.argmin(jnp.sum(c * c, axis=1) - 2 * _matmul(x - reference, c.T), axis=1)
+    return jnp.argmin(_relative(x - reference, centers - reference), axis=0)
+
+
+def _relative(x: Float[Array, "n d"], centers: Float[Array, "k d"]) -> Float[Array, "k n"]:
+    """Squared distances less |x|^2, which is the same for every centre of a point."""
+    return jnp.sum(centers * centers, axis=1)[:, None] - 2 * _matmul(centers, x.T)
 
 
 @functools.partial(jax.jit, static_argnames=("k", "trials"))
@@ -124,41 +128,43 @@ def lloyd(
     total = _psum(jnp.sum(weight), axis_name)
     spread = _psum(_matmul(weight, y * y), axis_name) / jnp.maximum(total, 1e-30)
 
-    def own(labels: Array, centers: Array) -> Array:
-        return jnp.sum((y - centers[labels]) ** 2, axis=1)
+    squares = jnp.sum(y * y, axis=1)
 
-    def inertia(labels: Array, centers: Array) -> Array:
-        return _psum(jnp.sum(weight * own(labels, centers)), axis_name)
+    def nearest(centers: Array) -> tuple[Array, Array]:
+        relative = _relative(y, centers)
+        return jnp.argmin(relative, axis=0), jnp.maximum(jnp.min(relative, axis=0) + squares, 0)
 
     def unfinished(carry: tuple[Array, ...]) -> Array:
         iteration, *_, done = carry
         return (iteration < max_iterations) & ~done
 
     def body(carry: tuple[Array, ...]) -> tuple[Array, ...]:
-        iteration, centers, labels, history, _ = carry
-        distance = own(labels, centers)
+        iteration, centers, labels, distance, history, _ = carry
         history = history.at[iteration].set(_psum(jnp.sum(weight * distance), axis_name))
         repaired = _fill_empty(labels, distance, weight, k, axis_name)
         member = jax.nn.one_hot(repaired, k, axis=0, dtype=x.dtype) * weight
         count = _psum(jnp.sum(member, axis=1), axis_name)[:, None]
         sums = _psum(_matmul(member, y), axis_name)
         moved = jnp.where(count > 0, sums / jnp.where(count > 0, count, 1), centers)
-        new = assign(y, moved)
+        new, distance = nearest(moved)
         changed = _psum(jnp.sum((new != repaired) & (weight > 0)), axis_name)
         shift = jnp.sum((moved - centers) ** 2)
         done = (changed == 0) | (shift <= tol * jnp.mean(spread))
-        return iteration + 1, moved, new, history, done
+        return iteration + 1, moved, new, distance, history, done
 
     start = (centers - reference).astype(x.dtype)
     history = jnp.zeros(max_iterations, x.dtype)
-    carry = (jnp.int32(0), start, assign(y, start), history, jnp.bool_(False))
-    iteration, final, labels, history, done = jax.lax.while_loop(unfinished, body, carry)
-    value = inertia(labels, final)
+    carry = (jnp.int32(0), start, *nearest(start), history, jnp.bool_(False))
+    iteration, final, labels, _, history, done = jax.lax.while_loop(unfinished, body, carry)
+    # Once more without expanding the square, which rounds where clusters are tight.
+    value = _psum(jnp.sum(weight * jnp.sum((y - final[labels]) ** 2, axis=1)), axis_name)
     history = jnp.where(jnp.arange(max_iterations) < iteration, history, value)
     return KMeansResult(final + reference, labels, value, iteration, done, history)
 
 
-@functools.partial(jax.jit, static_argnames=("k", "restarts", "max_iterations", "trials"))
+@functools.partial(
+    jax.jit, static_argnames=("k", "restarts", "max_iterations", "trials", "screening")
+)
 def kmeans(
     key: PRNGKeyArray,
     x: Float[Array, "n d"],
@@ -169,8 +175,12 @@ def kmeans(
     max_iterations: int = 300,
     tol: float = 1e-4,
     trials: int | None = None,
+    screening: int | None = None,
 ) -> KMeansResult:
     """The run of lowest inertia among ``restarts`` seedings, which run as one batch.
+
+    With ``screening`` only the run that is best after so many iterations goes on: a batch lasts
+    as long as its slowest run, so that this is several times as fast, and rarely another run.
 
     Raises:
       InputError: ``k`` is below 1 or above the number of rows.
@@ -179,11 +189,19 @@ def kmeans(
 
     def run(key: PRNGKeyArray) -> KMeansResult:
         seeds = plus_plus(key, x, weight, k, trials=trials)
-        return lloyd(x, seeds, weight, max_iterations=max_iterations, tol=tol)
+        return lloyd(x, seeds, weight, max_iterations=screening or max_iterations, tol=tol)
 
     runs = jax.vmap(run)(jax.random.split(key, restarts))
     best = jnp.argmin(jnp.where(jnp.isnan(runs.inertia), jnp.inf, runs.inertia))
-    return jax.tree.map(lambda leaf: leaf[best], runs)
+    found = jax.tree.map(lambda leaf: leaf[best], runs)
+    if screening is None:
+        return found
+    rest = lloyd(x, found.centers, weight, max_iterations=max_iterations - screening, tol=tol)
+    return dataclasses.replace(
+        rest,
+        iterations=found.iterations + rest.iterations,
+        history=jnp.concatenate([found.history, rest.history]),
+    )
 
 
 def check_clusters(k: int, n: int) -> None:

@@ -121,8 +121,9 @@ class Cell:
 def calinski_harabasz(
     inertia: Float[Array, ""], total: Float[Array, ""], *, n: int, k: int
 ) -> Float[Array, ""]:
-    """Equation (1), from the inertia and the total sum of squares."""
-    return ((total - inertia) / (k - 1)) / (jnp.maximum(inertia, 1e-30) / (n - k))
+    """Equation (1), from the inertia and the total sum of squares; 0 for a single cluster."""
+    between = (total - inertia) / (k - 1) if k > 1 else jnp.zeros_like(total)
+    return between / (jnp.maximum(inertia, 1e-30) / (n - k))
 
 
 def rand_index(a: Int[Array, " m"], b: Int[Array, " m"], k: int) -> Float[Array, ""]:
@@ -161,12 +162,12 @@ def score_cell(
     """
     axes_key, noise_key, whole_key, *half_keys = jax.random.split(key, 5)
     whole = halves.mean(0)
-    raw = principal(axes_key, whole, dims)
+    raw = principal(axes_key, whole, dims, iterations=2)
     projection = whiten(raw) if whitened else raw
     m = whole.shape[0]
 
     def chi(key: PRNGKeyArray, x: Array) -> tuple[Array, Array]:
-        found = kmeans(key, x, k, restarts=restarts, max_iterations=50)
+        found = kmeans(key, x, k, restarts=restarts, max_iterations=50, screening=6)
         total = jnp.sum(jnp.square(x - x.mean(0)))
         return calinski_harabasz(found.inertia, total, n=m, k=k), found.labels
 

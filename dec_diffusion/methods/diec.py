@@ -643,12 +643,12 @@ def _fine_tuning(s: DiEC, steps: int) -> optax.GradientTransformation:
 
 def _check(s: DiEC) -> None:
     counts = (
-        "width blocks pretrain_iterations timesteps draws dims search_restarts restarts"
-        " iterations neighbours hidden sample_steps"
+        "num_clusters width blocks pretrain_iterations timesteps draws dims search_restarts"
+        " restarts iterations neighbours hidden sample_steps"
     )
     sizes = "refine steps structure balance denoise consistency denoiser_rate"
     rules: list[Rule] = [
-        ("num_clusters num_steps", lambda v: v >= 2, "must be at least 2"),
+        ("num_steps", lambda v: v >= 2, "must be at least 2"),
         (counts, lambda v: v >= 1, "must be at least 1"),
         ("pretrain_rate learning_rate clip", lambda v: v > 0, "must be greater than 0"),
         (sizes, lambda v: v >= 0, "must not be negative"),
