@@ -105,13 +105,12 @@ def _parse(text: str) -> tuple[dict[str, dict[str, _Instruction]], str | None]:
 
 def _operands(rest: str) -> list[str]:
     """Names of the operands: what stands before the closing bracket of the call."""
-    depth = 0
-    for end, letter in enumerate(rest):
-        depth += (letter in "([{") - (letter in ")]}")
-        if depth < 0:
-            break
+    end = depth = 0
+    while end < len(rest) and depth >= 0:
+        depth += (rest[end] in "([{") - (rest[end] in ")]}")
+        end += 1
     # A comma inside a shape does not separate; a name is the last word of its part.
-    parts = re.sub(r"\{[^}]*\}|\[[^\]]*\]", "", rest[:end]).split(",")
+    parts = re.sub(r"\{[^}]*\}|\[[^\]]*\]", "", rest[: end - 1]).split(",")
     return [part.split()[-1].lstrip("%") for part in parts if part.strip()]
 
 

@@ -183,6 +183,14 @@ def test_local_commands(tmp_path):
     assert line[0] == "python" and 20000 <= int(line[-3].split(":")[1]) < 32000
 
 
+def test_local_gives_the_options_that_the_program_has():
+    if "--num_processes" not in (main.__doc__ or ""):
+        pytest.skip("the program does not run as several processes yet")
+    command = ["python", "-m", "dec_diffusion.main", "--config=clusterddpm"]
+    for line in words(dry_run("local.sh", "--processes=3", command=command)):
+        main.parse(["main", *line[3:]])
+
+
 RECORD = """
 import os, signal, sys, time
 flags = dict(a[2:].split("=", 1) for a in sys.argv[1:] if a.startswith("--"))

@@ -105,3 +105,54 @@ def test_asynchronous_collectives_count_once_and_layouts_do_not_confuse(monkeypa
     assert counted.calls == {"all-reduce": 1, "all-gather": 1}
     with pytest.raises(ValueError, match="no entry"):
         collectives.count("not a program")
+
+
+@pytest.fixture
+def scaling(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT)
+    return importlib.import_module("benchmarks.scaling")
+
+
+def test_prediction_adds_up_and_follows_the_assumptions(scaling):
+    small = [
+        "--config=clusterddpm:images",
+        "--config.method.width=4",
+        "--config.train.batch_size=64",
+    ]
+    one, two = (scaling.predict(scaling.load(small), chips=chips) for chips in (64, 256))
+    assert one["counts"]["steps"] == 1_281_167 // 64
+    assert one["counts"]["bytes_per_step"]["images"] == 64 * 64 * 64 * 3
+    for a, b in zip(one["seconds"], two["seconds"], strict=True):
+        parts = [b["m_step_compute"], b["e_step_compute"], *b["network"].values()]
+        assert b["total"] == pytest.approx(sum(parts))
+        # Four times the chips: a quarter of the computing, hardly less for the network.
+        assert a["m_step_compute"] == pytest.approx(4 * b["m_step_compute"])
+        assert a["e_step_compute"] == pytest.approx(4 * b["e_step_compute"])
+        assert a["network"]["gradients"] < b["network"]["gradients"]
+    # A training step does at least a forward and a backward pass of what a sweep does forward.
+    assert (
+        one["counts"]["flops_per_example"]["step"] > 3 * one["counts"]["flops_per_example"]["sweep"]
+    )
+
+
+@pytest.mark.parametrize("wrong", ["--layouts=8", "--layouts=0x1", "--lay=1x1", "--x=1"])
+def test_bad_options_are_named(scaling, monkeypatch, capsys, wrong):
+    monkeypatch.setattr("sys.argv", ["scaling", wrong])
+    with pytest.raises(SystemExit) as stop:
+        scaling.run()
+    assert stop.value.code == 2 and wrong.split("=")[0] in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_layouts_are_measured_and_e_steps_send_the_same_whatever_the_examples(run_python, tmp_path):
+    tiny = ["--config.method.width=8", "--config.method.mixture_iterations=2", "--steps=2"]
+    output = tmp_path / "scaling.json"
+    code = "from benchmarks import scaling; scaling.run()"
+    run_python(code, "--layouts=1x1,1x2", "--repeats=1", f"--output={output}", *tiny, timeout=900)
+    result = json.loads(output.read_text())
+    assert [row["devices"] for row in result["scaling"]] == [1, 2]
+    assert all(row[kind]["seconds"] > 0 for row in result["scaling"] for kind in ("strong", "weak"))
+    alone, pair = (row["strong"]["traffic"] for row in result["scaling"])
+    assert alone["total"] == 0 < pair["total"]
+    traffic = result["traffic"]
+    assert traffic["e_step_bytes"] == traffic["e_step_bytes_of_twice_the_examples"] > 0
