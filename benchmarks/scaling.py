@@ -36,6 +36,14 @@ from dec_diffusion.config import Config
 from dec_diffusion.method import DataSpec, Method, Phase
 from dec_diffusion.types import Batch
 
+try:
+    from dec_diffusion.placement import place_state  # pyright: ignore[reportMissingImports]
+except ImportError:  # a version that uses one device only
+
+    def place_state(state: Any) -> Any:
+        return state
+
+
 ROOT = Path(__file__).resolve().parents[1]
 
 # Cloud TPU v5e, https://cloud.google.com/tpu/docs/v5e: operations per second of a chip in
@@ -181,8 +189,7 @@ def work(spec: dict[str, Any], pod: tuple[str, str, str] | None) -> None:
     )
     key = jax.random.key(0)
     state: Any = engine.init_state(method, key, parallel.first_batch(data))
-    if hasattr(parallel, "place_state"):
-        state = parallel.place_state(state)
+    state = place_state(state)
     # The first mixture is fitted once in a run: it is left out, iterations begin with any.
     bare = phase._replace(begin=None, refresh=None)
     begin, _ = parallel.compile_phase(bare, data, key, batch_size=batch_size)
@@ -207,7 +214,7 @@ def work(spec: dict[str, Any], pod: tuple[str, str, str] | None) -> None:
             "sent": {k: sum(c.sent[k] for c in counted) for k in collectives.KINDS},
             "calls": {k: sum(c.calls[k] for c in counted) for k in collectives.KINDS},
             "unbounded_calls": sum(c.unbounded for c in counted),
-        }
+        },
     }
     if wall:
         rate = spec["steps"] * batch_size / statistics.median(wall)
