@@ -37,7 +37,7 @@ from absl import flags
 # Nothing here imports JAX, so that help and bad options are answered at once.
 
 _MODES = ("train", "evaluate", "predict", "sample")
-_LOGGERS = ("none", "tensorboard")
+LOGGERS = ("none", "tensorboard")
 _OPTIONS = ("config", "workdir", "mode", "seeds", "logger", "quiet", "help")
 _MOST_SEEDS = 1000
 _PACKAGE = Path(__file__).resolve().parent
@@ -80,7 +80,7 @@ def parse(argv: list[str]) -> Options:
     flags.DEFINE_string("workdir", None, "", flag_values=values)
     flags.DEFINE_enum("mode", "train", _MODES, "", flag_values=values)
     flags.DEFINE_string("seeds", None, "", flag_values=values)
-    flags.DEFINE_enum("logger", "none", _LOGGERS, "", flag_values=values)
+    flags.DEFINE_enum("logger", "none", LOGGERS, "", flag_values=values)
     flags.DEFINE_bool("quiet", False, "", flag_values=values)
     flags.DEFINE_bool("help", False, "", short_name="h", flag_values=values)
     rest, overrides = _take_overrides(argv)

@@ -229,8 +229,9 @@ class Workdir(NamedTuple):
     def read_assignments(self) -> Assigned | None:
         """What ``write_assignments`` wrote; None if the file is not there, or damaged."""
         try:
-            with open(self.path / ASSIGNMENTS, encoding="utf-8", errors="surrogateescape") as file:
-                rows = list(csv.DictReader(file))
+            file = self.path / ASSIGNMENTS
+            with open(file, newline="", encoding="utf-8", errors="surrogateescape") as opened:
+                rows = list(csv.DictReader(opened))
             return Assigned(
                 np.array([int(r["cluster"]) for r in rows], np.int32),
                 np.array([float(r["probability"]) for r in rows], np.float32),
@@ -562,29 +563,27 @@ class Checkpoints:
         """
         self.wait()
         self._manager.reload()
-        damaged = []
+        damaged: dict[int, str] = {}
         for step in reversed(self.steps()):
             try:
                 with _late_reads_ignored():
                     meta, arrays = self._read(step)
             except Exception as error:
                 # Whatever the files make the readers raise, the remedy is the step before.
-                damaged.append(step)
-                _LOG.warning(
-                    "checkpoint %s is damaged (%s); trying the one before",
-                    self._folder / str(step),
-                    _first_line(error),
-                )
+                damaged[step] = _first_line(error)
                 continue
             wanted = template(meta) if callable(template) else template
             state = _fill(wanted, arrays, self._folder / str(step))
-            self._set_aside(damaged)
+            for bad, reason in damaged.items():
+                where = self._folder / str(bad)
+                _LOG.warning("checkpoint %s is damaged (%s); using the one before", where, reason)
+            self._set_aside(list(damaged))
             return Restored(step, state, meta)
         if damaged:
             raise InputError(
                 f"{self._folder}: none of the checkpoints can be read (steps "
-                f"{', '.join(map(str, sorted(damaged)))}); delete this folder to start again, or "
-                "give another --workdir"
+                f"{', '.join(map(str, sorted(damaged)))}: {damaged[max(damaged)]}); delete this "
+                "folder to start again, or give another --workdir"
             )
         return None
 
