@@ -39,14 +39,20 @@ def choose(
         assignment: of that data set.
         per_cluster: how many of each cluster, or all members of a smaller one.
     """
-    chosen = [
-        members[_order(assignment, members)[:per_cluster]]
-        for k in np.unique(assignment.labels)
-        for members in [np.flatnonzero(assignment.labels == k)]
-    ]
-    rows = np.concatenate(chosen)
+    clusters = np.unique(assignment.labels)
+    rows = np.concatenate([ranked(assignment, k)[:per_cluster] for k in clusters])
     names = [dataset.paths[i] if dataset.paths else str(dataset.rows[i]) for i in rows]
     return Prototypes(assignment.labels[rows], np.array(names), assignment.embedding[rows])
+
+
+def ranked(assignment: Assignment, cluster: int) -> np.ndarray:
+    """The members of a cluster, int [m], from the one that stands for it best to the last."""
+    members = np.flatnonzero(assignment.labels == cluster)
+    if not len(members):
+        return members
+    z = assignment.embedding[members]
+    sure = np.round(assignment.probability[members], _EQUAL)
+    return members[np.lexsort((_square(z, z.mean(axis=0, dtype=np.float64)), -sure))]
 
 
 def closest(prototypes: Prototypes, assignment: Assignment) -> list[str]:
@@ -58,12 +64,6 @@ def closest(prototypes: Prototypes, assignment: Assignment) -> list[str]:
         distance = [_square(assignment.embedding[members], z) for z in prototypes.embedding[own]]
         names[members] = prototypes.name[own][np.argmin(distance, axis=0)]
     return names.tolist()
-
-
-def _order(assignment: Assignment, members: np.ndarray) -> np.ndarray:
-    z = assignment.embedding[members]
-    sure = np.round(assignment.probability[members], _EQUAL)
-    return np.lexsort((_square(z, z.mean(axis=0, dtype=np.float64)), -sure))
 
 
 def _square(z: np.ndarray, point: np.ndarray) -> np.ndarray:
