@@ -5,7 +5,8 @@
 >>> model.predict(X)                                           # doctest: +SKIP
 
 ``ClusterDDPM``, ``DiEC`` and ``NeuralMixture`` are scikit-learn estimators for arrays, and ``load``
-gives the one that a workdir holds. ``fit`` trains from a ``Config``, as the command line does.
+gives the one that a workdir holds. ``fit`` trains from a ``Config``, as the command line does, and
+``fit_seeds`` does so from several seeds.
 """
 
 import importlib
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
     from dec_diffusion.data import DataConfig, Dataset, from_arrays
     from dec_diffusion.estimator import ClusterDDPM, DiEC, NeuralMixture, load
     from dec_diffusion.results import generate, sample
+    from dec_diffusion.seeds import fit_seeds
     from dec_diffusion.train import assign, fit
     from dec_diffusion.types import InputError
 
@@ -30,6 +32,7 @@ _HOMES = {
     "TrainConfig": "config",
     "assign": "train",
     "fit": "train",
+    "fit_seeds": "seeds",
     "from_arrays": "data",
     "generate": "results",
     "load": "estimator",
@@ -47,6 +50,7 @@ __all__ = [
     "TrainConfig",
     "assign",
     "fit",
+    "fit_seeds",
     "from_arrays",
     "generate",
     "load",

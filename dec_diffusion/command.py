@@ -14,7 +14,7 @@ import jax
 import numpy as np
 
 from dec_diffusion import config as configs
-from dec_diffusion import data, report, results, train, workdir
+from dec_diffusion import data, report, results, seeds, train, workdir
 from dec_diffusion.config import Config
 from dec_diffusion.data import DataConfig, Dataset
 from dec_diffusion.train import Run
@@ -22,7 +22,7 @@ from dec_diffusion.types import InputError
 from dec_diffusion.workdir import Workdir
 
 if TYPE_CHECKING:
-    from dec_diffusion.main import Options
+    from dec_diffusion.options import Options
 
 
 def run(options: "Options") -> None:
@@ -37,18 +37,22 @@ def run(options: "Options") -> None:
     _keep_compiled_programs()
     config = load_config(options)
     configs.check(config)
-    path = options.workdir or str(Path("runs") / config.name)
+    path = options.workdir or str(Path("runs") / config.name) + "-seeds" * bool(options.seeds)
     if options.mode == "train":
-        train.fit(config, path, verbose=verbose)
+        if options.seeds:
+            seeds.fit_seeds(config, path, options.seeds, logger=options.logger, verbose=verbose)
+        else:
+            train.fit(config, path, logger=options.logger, verbose=verbose)
         return
     trained = _with_settings(train.load(path), config, path)
-    place = Workdir(Path(path).expanduser().absolute() / options.mode)
+    home = Workdir(workdir.locate(path))
+    place = Workdir(home.path / options.mode)
     if options.mode == "sample":
         said = _sample(trained, place)
     elif options.mode == "predict":
-        said = _predict(trained, place, verbose)
+        said = _predict(trained, place, home, verbose)
     else:
-        said = _evaluate(trained, place, started, verbose)
+        said = _evaluate(trained, place, home, started, verbose)
     if verbose:
         print(said)
 
@@ -86,14 +90,21 @@ def load_config(options: "Options") -> Config:
 def _other_data(own: DataConfig, overrides: list[tuple[str, str | None]]) -> DataConfig:
     """The data section of a run, without what was said of its data if others are asked for.
 
-    A ``limit`` of the training data, say, must not cut short the data to predict.
+    A ``limit`` of the training data, say, must not cut short the data to predict. But columns that
+    were no features of a table are none of another one that has them too.
     """
-    changed = {name for name, _ in overrides}
-    if "data.name" in changed:
-        return DataConfig()
-    if changed & {"data.path", "data.tfds_name"}:
-        return DataConfig(name=own.name, path=own.path)
-    return own
+    changed = dict(overrides)
+    if not changed.keys() & {"data.name", "data.path", "data.tfds_name"}:
+        return own
+    other = DataConfig() if "data.name" in changed else DataConfig(name=own.name, path=own.path)
+    asked = {name: changed.get(f"data.{name}") for name in ("name", "path")}
+    table = dataclasses.replace(other, **{k: v for k, v in asked.items() if v is not None})
+    columns = data.column_names(table)
+    return dataclasses.replace(
+        other,
+        label=own.label if own.label in columns else None,
+        drop=tuple(name for name in own.drop if name in columns),
+    )
 
 
 def describe(options: "Options") -> str:
@@ -187,20 +198,29 @@ def _span(offset: Any, scale: Any) -> str:
     return f"{np.min(offset - scale):g} to {np.max(offset + scale):g}"
 
 
-def _evaluate(trained: Run, place: Workdir, started: float, verbose: int) -> str:
+def _evaluate(trained: Run, place: Workdir, home: Workdir, started: float, verbose: int) -> str:
     dataset = _dataset(trained, verbose)
+    known = results.read_prototypes(home)
     assignment = train.assign(trained, dataset)
     _make(place.path)
-    return results.describe(
-        results.write(trained, dataset, assignment, place, started=started), place.path
+    summary = results.write(
+        trained,
+        dataset,
+        assignment,
+        place,
+        known,
+        history=home.read_metrics(),
+        started=started,
     )
+    return results.describe(summary, place.path)
 
 
-def _predict(trained: Run, place: Workdir, verbose: int) -> str:
+def _predict(trained: Run, place: Workdir, home: Workdir, verbose: int) -> str:
     dataset = _dataset(trained, verbose)
+    known = results.read_prototypes(home)
     assignment = train.assign(trained, dataset)
     _make(place.path)
-    results.write_assignments(dataset, assignment, place)
+    results.write_assignments(dataset, assignment, place, known)
     return f"{dataset.num_examples:,} examples assigned: {place.path / workdir.ASSIGNMENTS}"
 
 

@@ -34,13 +34,14 @@ from sklearn.utils import Tags, check_random_state
 from sklearn.utils.validation import check_array, check_is_fitted, validate_data
 
 from dec_diffusion import config as configs
-from dec_diffusion import data, evaluate, parallel, results, train, workdir
+from dec_diffusion import data, evaluate, parallel, prototypes, results, train, workdir
 from dec_diffusion.config import Config, TrainConfig
 from dec_diffusion.data import DataConfig, Dataset
 from dec_diffusion.methods import clusterddpm, diec, neural_mixture
+from dec_diffusion.prototypes import Prototypes
 from dec_diffusion.train import NonFiniteLossError, Run
 from dec_diffusion.types import InputError
-from dec_diffusion.workdir import Workdir
+from dec_diffusion.workdir import Assigned, Workdir
 
 _ESTIMATOR = "estimator.json"
 _SMALL = 16  # pixels a side: up to here images get the settings of the digits
@@ -71,7 +72,8 @@ class _Estimator(ClassNamePrefixFeaturesOutMixin, TransformerMixin, ClusterMixin
     converged_: bool
     history_: list[dict[str, Any]]
     _run: Run
-    _probability: np.ndarray
+    _assigned: Assigned
+    _prototypes: Prototypes | None
 
     def __init__(
         self,
@@ -114,7 +116,8 @@ class _Estimator(ClassNamePrefixFeaturesOutMixin, TransformerMixin, ClusterMixin
             )
         self._adopt(result.run, result.history)
         self.labels_ = result.assignment.labels
-        self._probability = result.assignment.probability
+        self._prototypes = prototypes.choose(result.dataset, result.assignment)
+        self._assigned = results.assigned(result.assignment, self._prototypes)
         self.cluster_centers_ = self._centers(result.run, result.assignment)
         if self.verbose > 1:
             sizes = np.bincount(self.labels_, minlength=self.n_clusters)
@@ -271,7 +274,9 @@ class _Estimator(ClassNamePrefixFeaturesOutMixin, TransformerMixin, ClusterMixin
             place.append_metrics(record)
         if hasattr(self, "labels_"):
             n = len(self.labels_)
-            place.write_assignments(range(n), [""] * n, self.labels_, self._probability)
+            place.write_assignments(range(n), [""] * n, self._assigned)
+        if self._prototypes is not None:
+            results.write_prototypes(self._prototypes, place)
         if hasattr(self, "cluster_centers_"):
             self._write_centers(place)
 
@@ -295,11 +300,12 @@ class _Estimator(ClassNamePrefixFeaturesOutMixin, TransformerMixin, ClusterMixin
         own = cls(run.config.method.num_clusters)
         own.settings = cls._differing(run) or None
         own.batch_size, own.random_state = run.config.train.batch_size, run.config.seed
-        place = Workdir(Path(path).expanduser().absolute())
+        place = Workdir(workdir.locate(path))
         own._adopt(run, place.read_metrics())
+        own._prototypes = results.read_prototypes(place)
         assigned, centers = place.read_assignments(), place.read_json(_ESTIMATOR)
         if assigned is not None:
-            own.labels_, own._probability = assigned
+            own.labels_, own._assigned = assigned.cluster, assigned
         if centers is not None:
             own.cluster_centers_ = np.asarray(centers["cluster_centers"], np.float32)
         else:

@@ -5,6 +5,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import numpy as np
+from scipy.special import entr
 
 from dec_diffusion import metrics, parallel
 from dec_diffusion.baselines import baselines, kmeans_on
@@ -31,6 +32,11 @@ class Assignment(NamedTuple):
     probability: np.ndarray
     responsibilities: np.ndarray
     embedding: np.ndarray
+
+    @property
+    def entropy(self) -> np.ndarray:
+        """float32 [n], of the responsibilities, in nats: 0 if sure, log K if all are alike."""
+        return entr(self.responsibilities.astype(np.float64)).sum(1).astype(np.float32)
 
 
 Assign = Callable[[TrainState], Assignment]

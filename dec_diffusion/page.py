@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from dec_diffusion import config as configs
-from dec_diffusion import metrics, report
+from dec_diffusion import metrics, prototypes, report
 from dec_diffusion.config import Config
 from dec_diffusion.data import Dataset
 from dec_diffusion.evaluate import Assignment
@@ -121,7 +121,7 @@ def write(
         layout: of the map, if it has been computed already.
         samples: generated images [k, m, h, w, c] in [0, 1].
         command: that repeats the run, where it is known.
-        seed: of the map, and of the order of examples that are equally certain.
+        seed: of the map.
     """
     target = path if hasattr(path, "write_bytes") else Path(path)
     if layout is None:
@@ -140,7 +140,6 @@ def write(
         samples=samples,
         command=command,
         pictures=pictures,
-        seed=seed,
     )
     target.write_bytes(page.encode())
 
@@ -155,7 +154,6 @@ def build(
     samples: np.ndarray | None = None,
     command: str | None = None,
     pictures: Mapping[str, bytes],
-    seed: int = 0,
 ) -> Html:
     """The page as a text; ``pictures`` are PNG files by name, the rest as in `write`."""
     things = "images" if dataset.is_image else "examples"
@@ -163,7 +161,7 @@ def build(
     sections = {
         "This run and honest baselines": _comparison(summary, dataset.is_image),
         "What to look at": _warnings(warned),
-        "Clusters": _cards(summary, dataset, assignment, samples, seed),
+        "Clusters": _cards(summary, dataset, assignment, samples),
         "Map": _map(dataset, assignment, layout),
     }
     if dataset.labels is not None:
@@ -366,7 +364,6 @@ def _cards(
     dataset: Dataset,
     assignment: Assignment,
     samples: np.ndarray | None,
-    seed: int,
 ) -> list[Html]:
     rows = summary["clusters"]["report"]
     shown = min(len(rows), MAX_CARDS)
@@ -374,9 +371,9 @@ def _cards(
     for row in rows[:shown]:
         k = row["cluster"]
         most, least = int(np.clip(240 // shown, 2, 12)), int(np.clip(80 // shown, 1, 4))
-        certain, doubtful = report.members_to_show(
-            assignment.labels, assignment.probability, k, most=most, least=least, seed=seed
-        )
+        ordered = prototypes.ranked(assignment, k)
+        certain, rest = ordered[:most], ordered[most:]
+        doubtful = rest[max(0, len(rest) - least) :]
         if dataset.is_image:
             body = _card_of_images(dataset, assignment, k, certain, doubtful)
             if samples is not None:
@@ -385,8 +382,8 @@ def _cards(
             body = _card_of_vectors(dataset, assignment, k, certain, doubtful)
         cards.append(_card(row, body if row["size"] else []))
     words = f"The first {shown} of {len(rows)} clusters. " if shown < len(rows) else ""
-    words += "Prototypes are the most certain members; the least certain ones show where the "
-    words += "cluster ends."
+    words += "Prototypes are the most certain members, of equally certain ones the most central; "
+    words += "the least certain ones show where the cluster ends."
     return [tag("p", words, class_="faint"), tag("div", *cards, class_="cards")]
 
 

@@ -11,17 +11,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dec_diffusion import evaluate, metrics, page, report
+from dec_diffusion import evaluate, metrics, page, prototypes, report
 from dec_diffusion.data import Dataset
 from dec_diffusion.evaluate import Assignment
 from dec_diffusion.method import Findings
+from dec_diffusion.prototypes import Prototypes
 from dec_diffusion.types import InputError
-from dec_diffusion.workdir import ASSIGNMENTS, Workdir
+from dec_diffusion.workdir import ASSIGNMENTS, Assigned, Workdir
 
 if TYPE_CHECKING:
     from dec_diffusion.train import Run
 
 SUMMARY = "summary.json"
+PROTOTYPES = "prototypes.npz"
 SAMPLES_PER_CLUSTER = 12
 _PACKAGES = ("dec_diffusion", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "scikit-learn")
 
@@ -31,7 +33,9 @@ def write(
     dataset: Dataset,
     assignment: Assignment,
     place: Workdir,
+    known: Prototypes | None = None,
     *,
+    history: list[dict[str, Any]],
     started: float,
     training: bool = False,
 ) -> dict[str, Any]:
@@ -39,16 +43,21 @@ def write(
 
     Args:
         run: the trained method.
-        dataset: what it was trained on.
+        dataset: what it was trained on, or other data.
         assignment: of that data set.
-        place: the workdir.
+        place: the folder to write to: the workdir, or one in it.
+        known: the prototypes of the run; after training they are chosen here.
+        history: the records of the training.
         started: ``time.monotonic()`` when the command began.
         training: whether the data set is the one that the method was trained on.
     """
-    write_assignments(dataset, assignment, place)
+    if training:
+        known = prototypes.choose(dataset, assignment)
+        write_prototypes(known, place)
+    write_assignments(dataset, assignment, place, known)
     truth, num_clusters = dataset.labels, run.config.method.num_clusters
-    records = place.read_metrics()
-    rates = [r["examples_per_second"] for r in records]
+    records = history if training else []
+    rates = [r["examples_per_second"] for r in history]
     summary = {
         "name": run.config.name,
         "data": {
@@ -69,7 +78,7 @@ def write(
         "baselines": evaluate.compare(dataset, assignment, num_clusters, seed=run.config.seed),
         "training": {
             "steps": run.step,
-            "seconds": sum(r["seconds"] for r in records),
+            "seconds": sum(r["seconds"] for r in history),
             # The median: the first iteration of a phase also compiles.
             "examples_per_second": float(np.median(rates)) if rates else None,
             "parameters": sum(x.size for x in jax.tree.leaves(run.state.ema_params)),
@@ -152,7 +161,7 @@ def _search(
 def read(place: Workdir) -> dict[str, Any] | None:
     """The summary of a workdir; None where the results are not complete."""
     # The summary is written last.
-    if not (place.path / ASSIGNMENTS).exists():
+    if not all((place.path / name).exists() for name in (ASSIGNMENTS, PROTOTYPES)):
         return None
     try:
         return json.loads((place.path / SUMMARY).read_bytes())
@@ -160,10 +169,41 @@ def read(place: Workdir) -> dict[str, Any] | None:
         return None
 
 
-def write_assignments(dataset: Dataset, assignment: Assignment, place: Workdir) -> None:
+def assigned(assignment: Assignment, known: Prototypes | None) -> Assigned:
+    """The columns of ``assignments.csv``; without prototypes theirs is empty."""
+    names = prototypes.closest(known, assignment) if known else [""] * len(assignment.labels)
+    return Assigned(assignment.labels, assignment.probability, assignment.entropy, names)
+
+
+def write_assignments(
+    dataset: Dataset, assignment: Assignment, place: Workdir, known: Prototypes | None
+) -> None:
     """``assignments.csv``: one row per example, in the order of the source."""
     paths = dataset.paths or [""] * dataset.num_examples
-    place.write_assignments(dataset.rows, paths, assignment.labels, assignment.probability)
+    place.write_assignments(dataset.rows, paths, assigned(assignment, known))
+
+
+def write_prototypes(known: Prototypes, place: Workdir) -> None:
+    """``prototypes.npz``: what ``read_prototypes`` reads."""
+    place.write_arrays(PROTOTYPES, known._asdict())
+
+
+def read_prototypes(place: Workdir) -> Prototypes | None:
+    """The prototypes of a run; None if it has none yet.
+
+    Raises:
+        InputError: their file is damaged.
+    """
+    arrays = place.read_arrays(PROTOTYPES)
+    if arrays is None:
+        return None
+    try:
+        return Prototypes(**arrays)
+    except TypeError:
+        raise InputError(
+            f"{place.path / PROTOTYPES}: holds other arrays than prototypes; delete it and give "
+            "the command that trained the run again"
+        ) from None
 
 
 def sample(run: "Run", *, per_cluster: int = SAMPLES_PER_CLUSTER, seed: int = 0) -> np.ndarray:

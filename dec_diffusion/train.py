@@ -20,7 +20,7 @@ from jax.flatten_util import ravel_pytree
 
 from dec_diffusion import config as configs
 from dec_diffusion import data as sources
-from dec_diffusion import engine, evaluate, parallel, results, workdir
+from dec_diffusion import engine, evaluate, loggers, parallel, results, workdir
 from dec_diffusion.config import Config
 from dec_diffusion.data import Dataset
 from dec_diffusion.engine import TrainState
@@ -75,6 +75,7 @@ def fit(
     path: str | os.PathLike[str] | None,
     *,
     dataset: Dataset | None = None,
+    logger: str = "none",
     verbose: int = 1,
 ) -> Result:
     """Train, or go on training, and leave everything a run leaves in its workdir.
@@ -85,6 +86,8 @@ def fit(
         config: the run.
         path: its workdir; one that already holds this run is resumed. None leaves nothing.
         dataset: what to cluster, if it is in memory already and not what ``config.data`` names.
+        logger: what to report to beside the files of the workdir: ``none``, or ``tensorboard``,
+            which needs a workdir.
         verbose: 0 is silent, 1 reports on standard output.
 
     Raises:
@@ -94,6 +97,7 @@ def fit(
     """
     started = time.monotonic()
     configs.check(config)
+    loggers.check(logger)
     # A scan over K may begin at 1, a run of the command line has something to find.
     least = 2 if dataset is None else 1
     dataset = sources.load(config.data, verbose=verbose) if dataset is None else dataset
@@ -108,9 +112,12 @@ def fit(
         place = workdir.open_workdir(path, configs.to_dict(config), ignore=configs.RESUMABLE)
     data = prepare(dataset, config)
     assign = evaluate.compile_assign(method, data, _key(config))
-    with place.checkpoints(keep=config.train.keep_checkpoints) as checkpoints:
+    with (
+        loggers.start(logger, None if isinstance(place, workdir.Memory) else place.path) as log,
+        place.checkpoints(keep=config.train.keep_checkpoints) as checkpoints,
+    ):
         state, step, trained = _run(
-            config, spec, method, dataset, data, assign, place, checkpoints, verbose=verbose
+            config, spec, method, dataset, data, assign, place, checkpoints, log, verbose=verbose
         )
     offset, scale = np.asarray(dataset.offset), np.asarray(dataset.scale)
     run = Run(config, spec, method, state, offset, scale, step)
@@ -121,7 +128,10 @@ def fit(
     if summary is None:
         if verbose:
             print("comparing with baselines and drawing pictures ...", flush=True)
-        summary = results.write(run, dataset, assignment, place, started=started, training=True)
+        history = place.read_metrics()
+        summary = results.write(
+            run, dataset, assignment, place, history=history, started=started, training=True
+        )
     if verbose:
         print(results.describe(summary, place.path), flush=True)
     return Result(run, dataset, assignment, summary, place.read_metrics())
@@ -146,7 +156,7 @@ def load(path: str | os.PathLike[str]) -> Run:
         InputError: there is no run in ``path``, or no checkpoint, or none is intact.
     """
     config = configs.from_dict(workdir.read_config(path))
-    folder = Path(path).expanduser().absolute() / workdir.CHECKPOINTS
+    folder = workdir.locate(path) / workdir.CHECKPOINTS
     built: dict[str, Any] = {}
 
     def template(meta: dict[str, Any]) -> Any:
@@ -242,7 +252,7 @@ def _pretrained(config: Config, spec: DataSpec) -> Pretrained | None:
     if not path:
         return None
     option = f"--config.pretrained={path}"
-    if not (Path(path).expanduser() / workdir.CHECKPOINTS).is_dir():
+    if not (workdir.locate(path) / workdir.CHECKPOINTS).is_dir():
         try:
             imported = diffusers.read(path)
         except InputError as error:
@@ -277,6 +287,7 @@ def _run(
     assign: evaluate.Assign,
     place: workdir.Workdir | workdir.Memory,
     checkpoints: workdir.Checkpoints | workdir.NoCheckpoints,
+    log: loggers.Logger,
     *,
     verbose: int,
 ) -> tuple[TrainState, int, bool]:
@@ -291,6 +302,7 @@ def _run(
     if after is None and spec.pretrained:
         state = _begin_with(state, spec.pretrained)
     place.truncate_metrics(step)
+    log.replay(place.read_metrics())
     resumed_at = step
     total = sum(phase.iterations * phase.steps for phase in method.phases.values())
     progress = Progress(total, step, silent=not verbose)
@@ -317,11 +329,10 @@ def _run(
                 scores = fresh
             rate = phase.steps * batch_size / seconds
             record = {k: float(np.mean(v)) for k, v in metrics.items()} | fresh
-            place.append_metrics(
-                {"step": step, "phase": name, "iteration": iteration}
-                | record
-                | {"seconds": seconds, "examples_per_second": rate}
-            )
+            record = {"step": step, "phase": name, "iteration": iteration} | record
+            record |= {"seconds": seconds, "examples_per_second": rate}
+            place.append_metrics(record)
+            log.write(record)
             if last or iteration % config.train.checkpoint_every == 0:
                 # A phase that ended early has nothing left to resume.
                 at = {"phase": name, "iteration": phase.iterations if last else iteration}

@@ -6,9 +6,13 @@ A workdir holds
 ``config.json``        the configuration; a run with another one is refused
 ``checkpoints/``       the newest few states, saved asynchronously
 ``metrics.jsonl``      one JSON object per line
-``assignments.csv``    ``index,path,cluster,probability``, one row per input
+``assignments.csv``    one row per input: which cluster, how surely, like which prototype
+``prototypes.npz``     a few examples that stand for each cluster
 ``*.json``, ``*.png``  summaries and pictures
 =====================  ======================================================================
+
+The runs of several seeds lie side by side in one folder, whose ``seeds.json`` names the one chosen;
+whatever reads a run takes that folder for the run it names.
 
 Small files are written by process 0, each through a temporary file that replaces the old one, so a
 reader or a killed run never sees half a file. Checkpoints are saved by all processes together.
@@ -51,6 +55,7 @@ CONFIG = "config.json"
 METRICS = "metrics.jsonl"
 ASSIGNMENTS = "assignments.csv"
 CHECKPOINTS = "checkpoints"
+SEEDS = "seeds.json"
 
 _MISSING = object()
 
@@ -75,18 +80,22 @@ def _plain(value: Any) -> Any:
     raise TypeError(f"{type(value).__name__} has no form in JSON: {value!r}")
 
 
-def _write_atomic(path: pathlib.Path, text: str) -> None:
-    """Replaces ``path`` by ``text`` in one step; what was there stays until that step.
+def _write_atomic(path: pathlib.Path, content: str | bytes) -> None:
+    """Replaces ``path`` by ``content`` in one step; what was there stays until that step.
 
     File names that are not valid UTF-8 come back from Python with surrogates, and are written as
     the bytes they were.
     """
     temporary = path.with_name(f".{path.name}.tmp")
     with open(temporary, "wb") as file:
-        file.write(text.encode("utf-8", "surrogateescape"))
+        file.write(content if isinstance(content, bytes) else _encoded(content))
         file.flush()
         os.fsync(file.fileno())
     os.replace(temporary, path)
+
+
+def _encoded(text: str) -> bytes:
+    return text.encode("utf-8", "surrogateescape")
 
 
 def _json_text(obj: Any) -> str:
@@ -100,6 +109,23 @@ def _is_writer() -> bool:
 # -- opening --
 
 
+class Assigned(NamedTuple):
+    """What ``assignments.csv`` says of every input.
+
+    Attributes:
+        cluster: int32 [n].
+        probability: float32 [n], of that cluster.
+        entropy: float32 [n], of the probabilities of all clusters, in nats.
+        prototype: [n], the closest prototype of that cluster: its file, or else its row in the
+            training data; "" where there is none.
+    """
+
+    cluster: np.ndarray
+    probability: np.ndarray
+    entropy: np.ndarray
+    prototype: Sequence[str]
+
+
 class Workdir(NamedTuple):
     """An opened workdir. All methods may be called by every process; process 0 writes."""
 
@@ -109,10 +135,14 @@ class Workdir(NamedTuple):
         """The run's checkpoints, for saving: close them, or use them in a ``with`` block."""
         return Checkpoints(self.path / CHECKPOINTS, keep=keep)
 
+    def write_text(self, name: str, text: str) -> None:
+        """Writes ``text`` to the file ``name``."""
+        if _is_writer():
+            _write_atomic(self.path / name, text)
+
     def write_json(self, name: str, obj: Any) -> None:
         """Writes ``obj`` to the file ``name``; numpy and JAX values allowed, NaN becomes null."""
-        if _is_writer():
-            _write_atomic(self.path / name, _json_text(obj))
+        self.write_text(name, _json_text(obj))
 
     def read_json(self, name: str) -> Any:
         """What ``write_json`` wrote; None if it is not there, or damaged."""
@@ -121,29 +151,56 @@ class Workdir(NamedTuple):
         except (FileNotFoundError, ValueError):
             return None
 
+    def write_arrays(self, name: str, arrays: Mapping[str, np.ndarray]) -> None:
+        """Writes arrays of numbers or text to the file ``name``, an ``.npz``."""
+        if not _is_writer():
+            return
+        plain = {
+            k: np.char.encode(x, "utf-8", "surrogateescape") if x.dtype.kind == "U" else x
+            for k, x in arrays.items()
+        }
+        out = io.BytesIO()
+        np.savez(out, allow_pickle=False, **plain)
+        _write_atomic(self.path / name, out.getvalue())
+
+    def read_arrays(self, name: str) -> dict[str, np.ndarray] | None:
+        """What ``write_arrays`` wrote; None if it is not there.
+
+        Raises:
+            InputError: If the file is damaged, or holds anything but arrays.
+        """
+        file = self.path / name
+        try:
+            with np.load(file, allow_pickle=False) as stored:
+                arrays = {k: stored[k] for k in stored.files}
+        except FileNotFoundError:
+            return None
+        except Exception:  # whatever a damaged file makes the reader raise
+            raise InputError(
+                f"{file}: is damaged; delete it and give the command that trained the run again"
+            ) from None
+        return {
+            k: np.char.decode(x, "utf-8", "surrogateescape") if x.dtype.kind == "S" else x
+            for k, x in arrays.items()
+        }
+
     def write_assignments(
-        self,
-        index: Iterable[int],
-        path: Iterable[str | os.PathLike[str]],
-        cluster: Iterable[int],
-        probability: Iterable[float],
+        self, index: Iterable[int], path: Iterable[str | os.PathLike[str]], assigned: Assigned
     ) -> None:
         """Writes ``assignments.csv``, one row per input in the order given.
 
         Args:
             index: The rows of the data set, [n].
             path: The file each row came from, "" where there is none, [n].
-            cluster: The cluster of each row, [n].
-            probability: Its probability, [n]; written with just the digits that its dtype needs.
+            assigned: The other columns; numbers are written with just the digits that their dtype
+                needs.
         """
-        if not _is_writer():
-            return
         out = io.StringIO()
         writer = csv.writer(out, lineterminator="\n")
-        writer.writerow(["index", "path", "cluster", "probability"])
-        for i, p, c, q in zip(index, path, cluster, probability, strict=True):
-            writer.writerow([int(i), os.fspath(p), int(c), str(q)])
-        _write_atomic(self.path / ASSIGNMENTS, out.getvalue())
+        writer.writerow(["index", "path", *Assigned._fields])
+        for i, p, c, q, h, name in zip(index, path, *assigned, strict=True):
+            writer.writerow([int(i), os.fspath(p), int(c), str(q), str(h), name])
+        self.write_text(ASSIGNMENTS, out.getvalue())
 
     def append_metrics(self, record: Mapping[str, Any]) -> None:
         """Appends one record to ``metrics.jsonl``; it is with the system when this returns."""
@@ -169,15 +226,18 @@ class Workdir(NamedTuple):
             kept = [r for r in self.read_metrics() if not _after(r, step)]
             _write_atomic(self.path / METRICS, "".join(json.dumps(r) + "\n" for r in kept))
 
-    def read_assignments(self) -> tuple[np.ndarray, np.ndarray] | None:
-        """The clusters in ``assignments.csv``, int32 [n], and their probabilities, float32 [n].
-
-        None if the file is not there, or damaged.
-        """
+    def read_assignments(self) -> Assigned | None:
+        """What ``write_assignments`` wrote; None if the file is not there, or damaged."""
         try:
-            with open(self.path / ASSIGNMENTS, encoding="utf-8", errors="replace") as file:
-                rows = [(int(r["cluster"]), float(r["probability"])) for r in csv.DictReader(file)]
-            return np.array([c for c, _ in rows], np.int32), np.array([p for _, p in rows], "f4")
+            file = self.path / ASSIGNMENTS
+            with open(file, newline="", encoding="utf-8", errors="surrogateescape") as opened:
+                rows = list(csv.DictReader(opened))
+            return Assigned(
+                np.array([int(r["cluster"]) for r in rows], np.int32),
+                np.array([float(r["probability"]) for r in rows], np.float32),
+                np.array([float(r["entropy"]) for r in rows], np.float32),
+                [r["prototype"] for r in rows],
+            )
         except (FileNotFoundError, KeyError, TypeError, ValueError):
             return None
 
@@ -280,13 +340,45 @@ def open_workdir(
     return Workdir(folder)
 
 
+def check_config(
+    path: str | os.PathLike[str], config: Mapping[str, Any], *, ignore: Sequence[str] = ()
+) -> None:
+    """Raises as ``open_workdir`` does if ``path`` holds a run of another configuration."""
+    found = _read_config(pathlib.Path(path).expanduser().absolute())
+    if found is not None:
+        _check_same(path, _flatten(found), _flatten(_normalise(config)), ignore)
+
+
+def locate(path: str | os.PathLike[str]) -> pathlib.Path:
+    """The folder of a run: ``path`` itself, or the run chosen of those of several seeds in it.
+
+    Raises:
+        InputError: If ``path`` holds runs of several seeds, and none is chosen or to be found.
+    """
+    folder = pathlib.Path(path).expanduser().absolute()
+    runs = sorted(p.parent.name for p in folder.glob(f"seed*/{CONFIG}"))
+    if (folder / CONFIG).exists() or not runs:
+        return folder
+    try:
+        best = json.loads((folder / SEEDS).read_bytes())["best"]
+    except (OSError, ValueError, KeyError, TypeError):
+        best = None
+    # A name that leads elsewhere was not written here.
+    if best not in runs:
+        raise InputError(
+            f"--workdir={path}: holds runs of several seeds, and {SEEDS} names none of them as "
+            f"chosen; finish the command with --seeds, or give one of them, {folder / runs[0]}"
+        )
+    return folder / best
+
+
 def read_config(path: str | os.PathLike[str]) -> dict[str, Any]:
     """The configuration of the run in a workdir.
 
     Raises:
         InputError: If there is no run in ``path``, or its ``config.json`` is damaged.
     """
-    folder = pathlib.Path(path).expanduser().absolute()
+    folder = locate(path)
     try:
         config = _read_config(folder)
     except OSError as error:
@@ -471,29 +563,27 @@ class Checkpoints:
         """
         self.wait()
         self._manager.reload()
-        damaged = []
+        damaged: dict[int, str] = {}
         for step in reversed(self.steps()):
             try:
                 with _late_reads_ignored():
                     meta, arrays = self._read(step)
             except Exception as error:
                 # Whatever the files make the readers raise, the remedy is the step before.
-                damaged.append(step)
-                _LOG.warning(
-                    "checkpoint %s is damaged (%s); trying the one before",
-                    self._folder / str(step),
-                    _first_line(error),
-                )
+                damaged[step] = _first_line(error)
                 continue
             wanted = template(meta) if callable(template) else template
             state = _fill(wanted, arrays, self._folder / str(step))
-            self._set_aside(damaged)
+            for bad, reason in damaged.items():
+                where = self._folder / str(bad)
+                _LOG.warning("checkpoint %s is damaged (%s); using the one before", where, reason)
+            self._set_aside(list(damaged))
             return Restored(step, state, meta)
         if damaged:
             raise InputError(
                 f"{self._folder}: none of the checkpoints can be read (steps "
-                f"{', '.join(map(str, sorted(damaged)))}); delete this folder to start again, or "
-                "give another --workdir"
+                f"{', '.join(map(str, sorted(damaged)))}: {damaged[max(damaged)]}); delete this "
+                "folder to start again, or give another --workdir"
             )
         return None
 

@@ -1,7 +1,6 @@
-"""The command line as a person meets it: whole runs, kills, resumes, and every kind of bad input.
+"""The command line as a person meets it: whole runs, kills, resumes, and runs put to use.
 
-Runs are real processes, on a network as small as it gets. Bad input is answered before anything is
-computed, so those tests call ``main.execute``, all but its exit, in this process.
+Runs are real processes, on a network as small as it gets. Bad input is in test_bad_input.py.
 """
 
 import csv
@@ -17,6 +16,7 @@ import subprocess
 import sys
 import time
 import tomllib
+import warnings
 
 import jax
 import numpy as np
@@ -24,7 +24,7 @@ import pytest
 from PIL import Image
 
 from dec_diffusion import config as configs
-from dec_diffusion import main, train
+from dec_diffusion import main, options, train
 from dec_diffusion.config import Config
 from dec_diffusion.methods.clusterddpm import ClusterDDPM
 
@@ -62,6 +62,7 @@ DOCUMENTED = {
     "config.json",
     "metrics.jsonl",
     "assignments.csv",
+    "prototypes.npz",
     "summary.json",
     "report.html",
     "clusters.png",
@@ -162,7 +163,8 @@ def test_the_first_run_leaves_every_documented_file(finished):
 
 def test_assignments_have_one_row_per_example_in_input_order(finished):
     file = finished.workdir / "assignments.csv"
-    assert file.read_text().splitlines()[0] == "index,path,cluster,probability"
+    header = "index,path,cluster,probability,entropy,prototype"
+    assert file.read_text().splitlines()[0] == header
     rows = rows_of(file)
     index = [int(row["index"]) for row in rows]
     assert len(rows) == EXAMPLES
@@ -176,6 +178,25 @@ def test_assignments_have_one_row_per_example_in_input_order(finished):
     # Not all alike, or other tests here would see no difference.
     assert len({row["cluster"] for row in rows}) > 1
     assert probability.std() > 0.01
+    entropy = np.array([float(row["entropy"]) for row in rows])
+    assert (entropy >= 0).all()
+    assert (entropy <= np.log(CLUSTERS) + 1e-6).all()
+    # The surest have the least of it, and the others more than if they had but two choices.
+    p = np.clip(probability, 1e-9, 1 - 1e-9)
+    assert (entropy >= -p * np.log(p) - (1 - p) * np.log1p(-p) - 1e-3).all()
+
+
+def test_every_row_names_a_prototype_of_its_cluster(finished):
+    rows = rows_of(finished.workdir / "assignments.csv")
+    cluster_of = {row["index"]: row["cluster"] for row in rows}
+    assert all(cluster_of[row["prototype"]] == row["cluster"] for row in rows)
+    with np.load(finished.workdir / "prototypes.npz", allow_pickle=False) as stored:
+        named = dict(zip(np.char.decode(stored["name"]).tolist(), stored["cluster"], strict=True))
+    assert {row["prototype"] for row in rows} <= set(named)
+    for index, cluster in named.items():
+        assert cluster_of[index] == str(cluster)
+        # Nothing is closer to a prototype than itself.
+        assert next(row["prototype"] for row in rows if row["index"] == index) == index
 
 
 def test_the_summary_scores_the_run_and_its_baselines(finished):
@@ -376,6 +397,7 @@ def test_one_image_is_enough_to_predict(finished, copy, tmp_path):
     assert main.execute(["main", "--mode=predict", f"--workdir={copy}", *new]) == 0
     (got,) = rows_of(copy / "predict" / "assignments.csv")
     assert got["cluster"] == rows[7]["cluster"]
+    assert got["prototype"] == rows[7]["prototype"]
 
 
 def test_predict_warns_of_other_units(capsys, copy, tmp_path):
@@ -405,7 +427,9 @@ def test_evaluate_scores_other_data(capsys, finished, copy):
     assert files >= {"assignments.csv", "summary.json", "clusters.png", "latents.png"}
     summary = json.loads((copy / "evaluate" / "summary.json").read_text())
     assert summary["data"]["examples"] == len(rows_of(copy / "evaluate" / "assignments.csv")) == 100
-    assert summary["training"]["steps"] == LAST
+    trained = json.loads((finished.workdir / "summary.json").read_text())
+    assert summary["training"] == trained["training"]
+    assert summary["training"]["seconds"] > 0
     assert "this run " in capsys.readouterr().out
     rest = {k: v for k, v in digest(copy).items() if not k.startswith("evaluate")}
     assert rest == digest(finished.workdir)
@@ -443,6 +467,52 @@ def test_other_settings_of_the_method_are_refused_with_a_trained_run(capsys, cop
     assert main.execute(["main", "--mode=sample", f"--workdir={copy}", steps]) == 0
 
 
+@pytest.mark.parametrize("ending", ["csv", "parquet"])
+def test_predict_remembers_which_columns_of_a_table_are_no_features(tmp_path, capsys, ending):
+    pyarrow = pytest.importorskip("pyarrow")
+    import pyarrow.parquet as pq
+
+    rng = np.random.default_rng(0)
+
+    def table(name: str, columns: str, n: int) -> str:
+        of = {c: rng.normal(size=n) for c in "ab"}
+        of |= {"kind": np.arange(n) % 2, "batch": np.full(n, 7), "note": np.full(n, "text")}
+        file = tmp_path / f"{name}.{ending}"
+        if ending == "parquet":
+            pq.write_table(pyarrow.table({c: of[c] for c in columns.split()}), file)
+        else:
+            rows = zip(*(of[c] for c in columns.split()), strict=True)
+            lines = [",".join(map(str, row)) for row in rows]
+            file.write_text("\n".join([columns.replace(" ", ","), *lines]) + "\n")
+        return f"--config.data.path={file}"
+
+    small = ["networks=1", "heads=1", "width=4", "hidden=4", "iterations=1", "steps=1"]
+    train_on = [
+        "--config=neural_mixture:vectors",
+        "--config.method.num_clusters=2",
+        *(f"--config.method.{setting}" for setting in small),
+        "--config.train.batch_size=20",
+        "--config.data.label=kind",
+        "--config.data.drop=batch,note",
+        f"--workdir={tmp_path / 'run'}",
+    ]
+    all_columns = table("old", "a note b kind batch", 40)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", train.EmptyClusterWarning)
+        assert main.execute(["main", *train_on, all_columns]) == 0
+    mode = ["main", "--mode=predict", f"--workdir={tmp_path / 'run'}"]
+    # With all of the columns, with some, and with none but the features.
+    for columns in ("kind a b note batch", "a batch b", "a b"):
+        new = table("new", columns, 9)
+        assert main.execute([*mode, new]) == 0, columns
+        assert len(rows_of(tmp_path / "run" / "predict" / "assignments.csv")) == 9
+        # The sort of source may be said again.
+        assert main.execute([*mode, f"--config.data.name={ending}", new]) == 0
+    # What is asked for now goes before what was asked for then.
+    assert main.execute([*mode, table("new", "kind a b", 9), "--config.data.label=none"]) == 2
+    assert "have shape (3,)" in capsys.readouterr().err
+
+
 # -- help, and the way in --
 
 
@@ -466,8 +536,8 @@ def test_help_with_a_config_lists_its_fields_as_options(capsys):
     config = configs.override(Config("x", ClusterDDPM()), "name", "y")
     for name, _, value in (line.removeprefix("--config.").partition("=") for line in listed):
         config = configs.override(config, name, value)
-    options = main.parse(["main", *TINY])
-    expected = [f"--config.{name}={value}" for name, value in options.overrides]
+    parsed = options.parse(["main", *TINY])
+    expected = [f"--config.{name}={value}" for name, value in parsed.overrides]
     assert set(expected) <= set(listed)
     assert config.method.multipliers == (1,)
 
@@ -507,14 +577,6 @@ def test_both_ways_in_exit_with_the_status(run_python, tmp_path, way):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_bad_input_found_late_exits_in_the_same_way(run_python, tmp_path):
-    done = run_python(MODULE, *TINY, "--config.method.num_clusters=500", cwd=tmp_path, status=2)
-    assert done.stdout == ""
-    assert done.stderr.startswith("error: --config.method.num_clusters=500: digits has only 200")
-    assert done.stderr.count("\n") == 1
-    assert list(tmp_path.iterdir()) == []
-
-
 @pytest.mark.parametrize(
     ("argv", "expected"),
     [
@@ -529,247 +591,31 @@ def test_bad_input_found_late_exits_in_the_same_way(run_python, tmp_path):
 )
 def test_parse_takes_overrides_in_every_form(argv, expected, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    options = main.parse(["main", *argv])
-    assert options.overrides == expected
-    assert options.config is not None
-    assert options.config.samefile(ROOT / "configs" / "clusterddpm.py")
+    parsed = options.parse(["main", *argv])
+    assert parsed.overrides == expected
+    assert parsed.config is not None
+    assert parsed.config.samefile(ROOT / "configs" / "clusterddpm.py")
 
 
 def test_parse_reads_the_rest():
-    options = main.parse(["main", "--mode", "predict", "--workdir", "w", "--quiet"])
-    assert (options.mode, options.workdir, options.quiet) == ("predict", "w", True)
-    assert options.config is None
-    options = main.parse(["main", "--config=clusterddpm:a:b"])
-    assert (options.variant, options.mode, options.quiet) == ("a:b", "train", False)
+    parsed = options.parse(["main", "--mode", "predict", "--workdir", "w", "--quiet"])
+    assert (parsed.mode, parsed.workdir, parsed.quiet) == ("predict", "w", True)
+    assert parsed.config is None
+    assert (parsed.seeds, parsed.logger) == (None, "none")
+    parsed = options.parse(["main", "--config=clusterddpm:a:b", "--logger=tensorboard"])
+    assert (parsed.variant, parsed.mode, parsed.quiet) == ("a:b", "train", False)
+    assert parsed.logger == "tensorboard"
 
 
-# -- bad input --
-
-
-def idx(shape: tuple[int, ...], values: int) -> bytes:
-    sizes = b"".join(n.to_bytes(4, "big") for n in shape)
-    return bytes([0, 0, 8, len(shape)]) + sizes + bytes(range(256)) * (values // 256 + 1)
-
-
-def put(path: pathlib.Path, content) -> pathlib.Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    if isinstance(content, np.ndarray):
-        np.save(path, content)
-    else:
-        path.write_bytes(content if isinstance(content, bytes) else content.encode())
-    return path
-
-
-def npy(tmp: pathlib.Path, content) -> list[str]:
-    path = put(tmp / "data.npy", content)
-    return [*TINY, "--config.data.name=npy", f"--config.data.path={path}"]
-
-
-def own(tmp: pathlib.Path, text: str) -> list[str]:
-    """A config file of the user's."""
-    return [f"--config={put(tmp / 'c.py', text)}"]
-
-
-def with_value(array: np.ndarray, value: float) -> np.ndarray:
-    array = array.copy()
-    array[3, 2] = value
-    return array
-
-
-RANDOM = np.random.default_rng(0).random((60, 8, 8)).astype(np.float32)
-IMPORTS = """
-from dec_diffusion.config import Config
-from dec_diffusion.methods.clusterddpm import ClusterDDPM as M
-"""
-
-# What is wrong: the options (from a folder to put files in), and words of the answer.
-BAD = {
-    # the command line
-    "no config": (lambda t: [], ["--config is missing", "clusterddpm"]),
-    "no config to predict": (lambda t: ["--mode=predict"], ["--config", "--workdir"]),
-    "empty config": (lambda t: ["--config="], ["--config needs a value"]),
-    "unknown config": (lambda t: ["--config=clusterdpm"], ["did you mean clusterddpm?"]),
-    "missing config file": (
-        lambda t: [f"--config={t}/clusterddpm.py"],
-        ["clusterddpm.py: no such file"],
-    ),
-    "unknown variant": (
-        lambda t: [*TINY, "--config=clusterddpm:mnits"],
-        ["clusterddpm.py:mnits", "did you mean mnist"],
-    ),
-    "unknown option": (lambda t: [*TINY, "--wrokdir=x"], ["--wrokdir", "did you mean --workdir?"]),
-    "unknown option 2": (lambda t: [*TINY, "--xyz=x"], ["--xyz", "--help"]),
-    "abbreviated option": (lambda t: [*TINY, "--work=x"], ["--work"]),
-    "unknown mode": (lambda t: [*TINY, "--mode=fit"], ["--mode=fit", "train|evaluate|predict"]),
-    "extra argument": (lambda t: [*TINY, "more"], ["'more'", "--name=value"]),
-    "no value": (lambda t: [*TINY, "--workdir"], ["--workdir"]),
-    "option as value": (lambda t: [*TINY, "--workdir", "--quiet"], ["--workdir needs a value"]),
-    "empty value": (lambda t: [*TINY, "--workdir="], ["--workdir needs a value"]),
-    "quiet value": (lambda t: [*TINY, "--quiet=maybe"], ["--quiet=maybe"]),
-    "typo": (lambda t: [*TINY, "--config.sed=1"], ["--config.sed:", "did you mean --config.seed?"]),
-    "nested typo": (
-        lambda t: [*TINY, "--config.method.kl_wieght=1"],
-        ["--config.method.kl_wieght:", "did you mean --config.method.kl_weight?"],
-    ),
-    "group": (lambda t: [*TINY, "--config.method=1"], ["--config.method:"]),
-    "wrong type": (lambda t: [*TINY, "--config.seed=abc"], ["--config.seed=abc", "whole number"]),
-    "override without value": (lambda t: [*TINY, "--config.seed"], ["--config.seed needs a value"]),
-    "wrong choice": (
-        lambda t: [*TINY, "--config.method.prediction=x1"],
-        ["--config.method.prediction=x1", "v, eps, x0"],
-    ),
-    # config files
-    "config with an error": (
-        lambda t: own(t, "x = 1\ny = x / 0"),
-        ["c.py", "line 2", "ZeroDivisionError"],
-    ),
-    "config with a syntax error": (
-        lambda t: own(t, "def get_config(:"),
-        ["c.py", "SyntaxError"],
-    ),
-    "config without get_config": (
-        lambda t: own(t, "x = 1"),
-        ["c.py", "get_config"],
-    ),
-    "config of another kind": (
-        lambda t: own(t, "def get_config(): return {}"),
-        ["c.py", "dict", "Config"],
-    ),
-    "config that is no Python": (
-        lambda t: [f"--config={put(t / 'c.json', '{}')}"],
-        ["c.json", "Python"],
-    ),
-    "config with a wrong type": (
-        lambda t: own(t, IMPORTS + "def get_config(): return Config('x', M(learning_rate='1e-3'))"),
-        ["--config.method.learning_rate=1e-3", "finite number"],
-    ),
-    # data
-    "missing file": (
-        lambda t: [*TINY, "--config.data.name=npy", f"--config.data.path={t}/nothing.npy"],
-        ["nothing.npy", "does not exist"],
-    ),
-    "no path": (lambda t: [*TINY, "--config.data.name=mnist"], ["--config.data.path"]),
-    "unknown source": (
-        lambda t: [*TINY, "--config.data.name=minst"],
-        ["--config.data.name=minst", "did you mean mnist?"],
-    ),
-    "unknown split": (
-        lambda t: [*TINY, "--config.data.split=tset"],
-        ["--config.data.split=tset", "did you mean test?"],
-    ),
-    "empty folder": (
-        lambda t: [*TINY, "--config.data.name=mnist", f"--config.data.path={t}"],
-        ["train-images-idx3-ubyte"],
-    ),
-    "empty file": (lambda t: npy(t, ""), ["data.npy", "is empty"]),
-    "text as npy": (lambda t: npy(t, "1,2,3\n4,5,6\n"), ["data.npy", "np.save"]),
-    "truncated npy": (
-        lambda t: npy(t, put(t / "whole.npy", RANDOM).read_bytes()[:-50]),
-        ["data.npy", "cannot be read"],
-    ),
-    "truncated IDX": (
-        lambda t: [
-            *TINY,
-            "--config.data.name=idx",
-            f"--config.data.path={put(t / 'x-images-idx3-ubyte', idx((60, 8, 8), 500))}",
-        ],
-        ["x-images-idx3-ubyte", "truncated"],
-    ),
-    "one axis": (lambda t: npy(t, RANDOM[:, 0, 0]), ["data.npy", "(60,)", "[n, d]"]),
-    "five axes": (lambda t: npy(t, RANDOM[:, None, None]), ["data.npy", "(60, 1, 1, 8, 8)"]),
-    "channels first": (
-        lambda t: npy(t, np.random.default_rng(0).random((60, 3, 8, 8))),
-        ["channels first"],
-    ),
-    "NaN": (lambda t: npy(t, with_value(RANDOM, np.nan)), ["data.npy", "NaN", "example 3"]),
-    "infinity": (lambda t: npy(t, with_value(RANDOM, np.inf)), ["data.npy", "infinite"]),
-    "complex numbers": (lambda t: npy(t, RANDOM * 1j), ["data.npy", "complex"]),
-    "objects": (lambda t: npy(t, np.array([{}, []], object)), ["data.npy", "cannot be read"]),
-    "no examples": (lambda t: npy(t, RANDOM[:0]), ["data.npy", "0 examples"]),
-    "one example": (lambda t: npy(t, RANDOM[:1]), ["--config.data", "only 1 example"]),
-    "identical examples": (lambda t: npy(t, np.ones((60, 8, 8))), ["--config.data", "identical"]),
-    # settings against the data, and against reason
-    "K of 1": (lambda t: [*TINY, "--config.method.num_clusters=1"], ["num_clusters=1", "least 2"]),
-    "K above distinct examples": (
-        lambda t: npy(t, RANDOM[np.arange(60) % 3]),
-        [f"num_clusters={CLUSTERS}", "3 distinct"],
-    ),
-    "batch above the data": (
-        lambda t: [*TINY, "--config.train.batch_size=500"],
-        ["--config.train.batch_size=500", "200"],
-    ),
-    "batch of 0": (lambda t: [*TINY, "--config.train.batch_size=0"], ["batch_size=0", "least 1"]),
-    "negative seed": (lambda t: [*TINY, "--config.seed=-1"], ["--config.seed=-1"]),
-    "limit of 1": (lambda t: [*TINY, "--config.data.limit=1"], ["--config.data.limit=1"]),
-    "no learning": (lambda t: [*TINY, "--config.method.learning_rate=0"], ["learning_rate=0"]),
-    "share above 1": (lambda t: [*TINY, "--config.method.drop_latent=2"], ["drop_latent=2"]),
-    "no latent": (lambda t: [*TINY, "--config.method.latent=0"], ["latent=0"]),
-    "no levels": (lambda t: [*TINY, "--config.method.multipliers="], ["multipliers"]),
-    "too many sampling steps": (
-        lambda t: [*TINY, "--config.method.sample_steps=2000"],
-        ["sample_steps=2000", "num_steps"],
-    ),
-    # workdirs
-    "foreign workdir": (
-        lambda t: [*TINY, f"--workdir={put(t / 'other' / 'thesis.tex', 'x').parent}"],
-        ["--workdir=", "thesis.tex"],
-    ),
-    "workdir is a file": (
-        lambda t: [*TINY, f"--workdir={put(t / 'file', 'x')}"],
-        ["--workdir=", "is a file"],
-    ),
-    "workdir below a file": (
-        lambda t: [*TINY, f"--workdir={put(t / 'file', 'x')}/run"],
-        ["--workdir=", "is a file"],
-    ),
-    "unwritable workdir": (lambda t: [*TINY, "--workdir=/proc/run"], ["--workdir=/proc/run"]),
-    "remote workdir": (lambda t: [*TINY, "--workdir=gs://b/run"], ["--workdir=gs://b/run"]),
-    "damaged config.json": (
-        lambda t: [*TINY, f"--workdir={put(t / 'run' / 'config.json', '{').parent}"],
-        ["config.json", "damaged"],
-    ),
-    "no run": (
-        lambda t: ["--mode=evaluate", f"--workdir={t / 'nothing'}"],
-        ["--workdir=", "holds no run"],
-    ),
-    "no run in the folder": (
-        lambda t: ["--mode=evaluate", f"--workdir={put(t / 'a' / 'x', 'x').parent}"],
-        ["--workdir=", "holds no run"],
-    ),
-    "no checkpoint yet": (
-        lambda t: ["--mode=sample", f"--workdir={run_without_checkpoint(t)}"],
-        ["--workdir=", "no checkpoint yet"],
-    ),
-    "run of another version": (
-        lambda t: ["--mode=sample", f"--workdir={put(t / 'r' / 'config.json', '{}').parent}"],
-        ["config.json", "version"],
-    ),
-}
-
-
-def run_without_checkpoint(tmp: pathlib.Path) -> pathlib.Path:
-    config = Config("x", ClusterDDPM())
-    return put(tmp / "run" / "config.json", json.dumps(configs.to_dict(config))).parent
-
-
-@pytest.mark.parametrize("what", BAD)
-def test_bad_input_gets_one_line_and_changes_nothing(what, capfd, tmp_path, monkeypatch):
-    make, words = BAD[what]
-    argv = make(tmp_path)
-    monkeypatch.setattr(sys, "dont_write_bytecode", True)
-    before = digest(tmp_path), sorted(tmp_path.rglob("*"))
-    here = tmp_path / "here"
-    here.mkdir()
-    monkeypatch.chdir(here)
-    status = main.execute(["main", *argv])
-    shown = capfd.readouterr()
-    assert status == 2
-    lines = [line for line in shown.err.splitlines() if not line.startswith("warning: ")]
-    assert len(lines) == 1, shown.err
-    assert lines[0].startswith("error: ")
-    assert "Traceback" not in shown.err
-    missing = [word for word in words if word not in lines[0]]
-    assert not missing, lines[0]
-    assert list(here.iterdir()) == [], "nothing may be left behind"
-    here.rmdir()
-    assert (digest(tmp_path), sorted(tmp_path.rglob("*"))) == before
+@pytest.mark.parametrize(
+    ("text", "seeds"),
+    [
+        ("0..4", (0, 1, 2, 3, 4)),
+        ("0,3,5", (0, 3, 5)),
+        ("7", (7,)),
+        ("2..2", (2,)),
+        ("9, 0..2", (9, 0, 1, 2)),
+    ],
+)
+def test_seeds_are_read_in_every_form(text, seeds):
+    assert options.parse(["main", "--config=diec", f"--seeds={text}"]).seeds == seeds

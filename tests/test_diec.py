@@ -13,9 +13,9 @@ from dec_diffusion import command, engine, metrics, train
 from dec_diffusion.config import Config, TrainConfig
 from dec_diffusion.data import DataConfig
 from dec_diffusion.features import pooled
-from dec_diffusion.main import parse
 from dec_diffusion.method import DataSpec, Pretrained
 from dec_diffusion.methods.diec import DiEC
+from dec_diffusion.options import parse
 from dec_diffusion.types import InputError
 
 FIXTURES = pathlib.Path(__file__).parent / "fixtures" / "diffusers"

@@ -17,7 +17,16 @@ from sklearn.utils import estimator_checks
 from sklearn.utils.estimator_checks import parametrize_with_checks
 
 import dec_diffusion
-from dec_diffusion import ClusterDDPM, DiEC, NeuralMixture, command, data, main, parallel
+from dec_diffusion import (
+    ClusterDDPM,
+    DiEC,
+    NeuralMixture,
+    command,
+    data,
+    main,
+    options,
+    parallel,
+)
 from dec_diffusion.estimator import _Estimator
 from dec_diffusion.types import InputError
 
@@ -124,7 +133,7 @@ def test_all_checks(estimator, check):
 )
 def test_defaults_are_those_of_the_configs(kind, name, variants):
     for of, variant in (variants | {"vectors": "vectors"}).items():
-        parsed = main.parse(["dec-diffusion", f"--config={name}:{variant}"])
+        parsed = options.parse(["dec-diffusion", f"--config={name}:{variant}"])
         config = command.load_config(parsed)
         assert kind._settings_class(**kind._kinds[of].settings) == config.method
         assert kind._kinds[of].batch_size == config.train.batch_size

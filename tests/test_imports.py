@@ -24,7 +24,8 @@ CONFINED = {
     "h5py": {"data"},
     "pyarrow": {"data"},
     "safetensors": {"networks.diffusers"},
-    "absl": {"main"},
+    "tensorboardX": {"loggers"},
+    "absl": {"main", "options"},
     "tensorflow": set(),
     "torch": set(),
 }
@@ -42,7 +43,9 @@ FORBIDDEN = {
     "evaluate": {"train", "estimator", "main"},
     "report": {"train", "estimator", "main"},
     "page": {"train", "estimator", "main"},
-    "train": {"estimator", "main"},
+    "prototypes": {"train", "estimator", "main"},
+    "train": {"seeds", "estimator", "main"},
+    "seeds": {"estimator", "main"},
     "estimator": {"main"},
 }
 

@@ -17,7 +17,7 @@ import pytest
 from PIL import Image
 
 from dec_diffusion import config as configs
-from dec_diffusion import data, evaluate, main, metrics, page, report
+from dec_diffusion import data, evaluate, metrics, options, page, report
 from dec_diffusion.config import Config
 from dec_diffusion.data import DataConfig, Dataset
 from dec_diffusion.evaluate import Assignment
@@ -385,10 +385,10 @@ def test_command_means_the_same_config(tmp_path):
     assert line is not None
     python, flag, module, *argv = shlex.split(line)
     assert (python, flag, module) == ("python", "-m", "dec_diffusion.main")
-    options = main.parse(["main", *argv])
-    assert options.workdir == str(tmp_path / "w w")
+    parsed = options.parse(["main", *argv])
+    assert parsed.workdir == str(tmp_path / "w w")
     again = Config("other", ClusterDDPM())
-    for name, text in options.overrides:
+    for name, text in parsed.overrides:
         again = configs.override(again, name, text)
     assert configs.to_dict(again) == configs.to_dict(config)
     assert page.command(config, images()[0], tmp_path) is None, "these are other data"

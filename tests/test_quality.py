@@ -8,7 +8,7 @@ import pytest
 
 from dec_diffusion import fit
 from dec_diffusion.command import load_config
-from dec_diffusion.main import parse
+from dec_diffusion.options import parse
 
 CONFIGS = pathlib.Path(__file__).parents[1] / "configs"
 

@@ -17,7 +17,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from dec_diffusion.types import InputError, pytree
-from dec_diffusion.workdir import Checkpoints, Workdir, open_workdir, read_config
+from dec_diffusion.workdir import Assigned, Checkpoints, Workdir, open_workdir, read_config
 
 CONFIG = {"seed": 0, "data": {"name": "digits", "shape": (8, 8)}, "train": {"lr": 1e-3, "every": 5}}
 
@@ -151,18 +151,47 @@ def test_assignments_come_back_through_a_csv_reader(tmp_path):
     work = open_workdir(tmp_path, CONFIG)
     paths = ["", 'a,"b".png', "two\nlines", os.fsdecode(b"\xff.png"), "ü"]
     probability = np.array([1.0, 0.1, 1 / 3, 1e-9, 0.0], np.float32)
-    work.write_assignments(np.arange(5)[::-1], paths, jnp.array([3, 0, 1, 2, 0]), probability)
+    cluster, entropy = np.array([3, 0, 1, 2, 0], np.int32), probability[::-1].copy()
+    assigned = Assigned(cluster, probability, entropy, paths[::-1])
+    assert work.read_assignments() is None
+    work.write_assignments(np.arange(5)[::-1], paths, assigned)
     with open(
         tmp_path / "assignments.csv", newline="", encoding="utf-8", errors="surrogateescape"
     ) as file:
         header, *rows = csv.reader(file)
-    assert header == ["index", "path", "cluster", "probability"]
+    assert header == ["index", "path", "cluster", "probability", "entropy", "prototype"]
     assert [int(r[0]) for r in rows] == [4, 3, 2, 1, 0]
     assert [r[1] for r in rows] == paths
     assert [int(r[2]) for r in rows] == [3, 0, 1, 2, 0]
     np.testing.assert_array_equal([np.float32(r[3]) for r in rows], probability)
-    with pytest.raises(ValueError, match="shorter"):
-        work.write_assignments([0, 1], ["", ""], [0], [1.0])
+    read = work.read_assignments()
+    assert read is not None
+    assert [x.dtype for x in read[:3]] == [np.int32, np.float32, np.float32]
+    for x, y in zip(read, assigned, strict=True):
+        np.testing.assert_array_equal(x, y)
+    with pytest.raises(ValueError, match="longer"):
+        work.write_assignments([0, 1], ["", ""], assigned)
+
+
+def test_arrays_come_back_and_nothing_else_is_read(tmp_path):
+    work = open_workdir(tmp_path, CONFIG)
+    assert work.read_arrays("x.npz") is None
+    names = np.array(["", "ü", os.fsdecode(b"\xff.png")])
+    work.write_arrays("x.npz", {"a": np.eye(2, dtype=np.float32), "names": names})
+    read = work.read_arrays("x.npz")
+    assert read is not None
+    assert list(read) == ["a", "names"]
+    np.testing.assert_array_equal(read["a"], np.eye(2, dtype=np.float32))
+    np.testing.assert_array_equal(read["names"], names)
+    whole = (tmp_path / "x.npz").read_bytes()
+    work.write_arrays("x.npz", {"a": np.eye(2, dtype=np.float32), "names": names})
+    assert (tmp_path / "x.npz").read_bytes() == whole
+    with pytest.raises(ValueError, match="allow_pickle"):
+        work.write_arrays("x.npz", {"a": np.array([{}], object)})
+    for end in (0, 10, len(whole) // 2):
+        (tmp_path / "x.npz").write_bytes(whole[:end])
+        with pytest.raises(InputError, match=r"x\.npz: is damaged; delete it"):
+            work.read_arrays("x.npz")
 
 
 def test_metrics_survive_a_half_written_line_and_are_cut_on_resume(tmp_path):
@@ -347,7 +376,7 @@ def test_no_readable_step_is_an_error_that_changes_nothing(tmp_path):
     for _ in range(2):
         with (
             Checkpoints(tmp_path) as checkpoints,
-            pytest.raises(InputError, match=r"none of the checkpoints.*\(steps 1, 2\)"),
+            pytest.raises(InputError, match=r"none of the checkpoints.*\(steps 1, 2: checksum of"),
         ):
             checkpoints.restore_latest(make_state(0))
     assert sorted(p.name for p in tmp_path.iterdir()) == ["1", "2"]

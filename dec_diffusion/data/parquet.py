@@ -95,6 +95,16 @@ def read_parquet(
     )
 
 
+def column_names(path: Path) -> list[str]:
+    """The names of all columns; none if they cannot be read."""
+    try:
+        import pyarrow.parquet as pq
+
+        return list(pq.read_schema(_find(path, "all")[0]).names)
+    except (ImportError, InputError, OSError, ValueError):
+        return []
+
+
 def _name(path: Path) -> str:
     return path.resolve().name if path.is_dir() else path.stem
 

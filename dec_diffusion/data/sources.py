@@ -1,8 +1,11 @@
 """From a config to a data set."""
 
+from pathlib import Path
+
 from dec_diffusion.data import binary, files, folder, parquet, prepared, synthetic, tables
 from dec_diffusion.data.config import ARRAY_NAMES, BINARY_NAMES, IDX_NAMES, DataConfig, check_config
 from dec_diffusion.data.dataset import Dataset
+from dec_diffusion.types import InputError
 
 
 def load(config: DataConfig, *, shape: tuple[int, ...] | None = None, verbose: int = 0) -> Dataset:
@@ -40,3 +43,13 @@ def load(config: DataConfig, *, shape: tuple[int, ...] | None = None, verbose: i
     if name == "parquet":
         return parquet.read_parquet(config, shape, verbose=verbose)
     return prepared.read_tfds(config)
+
+
+def column_names(config: DataConfig) -> list[str]:
+    """The columns of a table; none of what is no table, or cannot be read (``load`` says why)."""
+    try:
+        name = check_config(config)
+    except InputError:
+        return []
+    read = {"csv": tables.column_names, "parquet": parquet.column_names}.get(name)
+    return read(Path(str(config.path)).expanduser()) if read else []

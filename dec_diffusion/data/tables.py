@@ -12,6 +12,7 @@ import io
 import itertools
 import re
 import warnings
+import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, TextIO
@@ -88,6 +89,18 @@ def read_csv(config: DataConfig) -> Dataset:
     warn_of_counts(path, names, columns, examples)
     name = path.name.removesuffix(".gz").rpartition(".")[0] or path.name
     return from_arrays(examples, labels, name=name, source=str(path), limit=config.limit)
+
+
+def column_names(path: Path) -> list[str]:
+    """The names of all columns, as ``read_csv`` has them; none if the file cannot be read."""
+    try:
+        with _open_text(path) as stream:
+            start = list(itertools.islice(stream, _HEAD))
+        head = list(itertools.islice(_rows(start, _delimiter(start)), 2))
+        has_header = _has_header(path, head)
+    except (EOFError, IndexError, InputError, OSError, ValueError, csv.Error, zlib.error):
+        return []
+    return [(name if has_header else "") or str(i) for i, name in enumerate(head[0].fields, 1)]
 
 
 def choose_columns(
