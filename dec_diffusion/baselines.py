@@ -11,9 +11,11 @@ Each baseline is scikit-learn at settings fixed here; the fits never see labels:
   (on scikit-learn's digits floors of 0.01 to 0.3 differ by under 0.02 in mean accuracy and by
   0.03 in NMI, in favour of the larger).
 
-``limit`` fits on that many randomly drawn rows; all rows are labelled and scored all the same.
-Inputs are centred first: neither method sees a shift, but float32 squares do. Arrays above
-``MAX_DOUBLE`` elements stay in float32 to halve the memory, others run in float64.
+``limit`` fits on that many randomly drawn rows, and ``MAX_FITTED`` on as many as memory bears; all
+rows are labelled and scored all the same, a part at a time, except that the silhouette is that of
+the rows fitted. So the input may be mapped from a file larger than memory. Inputs are centred
+first: neither method sees a shift, but float32 squares do. Arrays above ``MAX_DOUBLE`` elements are
+taken in float32 to halve the memory, others in float64.
 
 No global state is touched (random numbers, warnings, thread pools), so calls may run in threads.
 The same seed gives the same result up to the order of floating-point sums inside the thread pool.
@@ -26,7 +28,7 @@ from typing import Any, TypedDict
 import numpy as np
 from numpy.typing import ArrayLike
 
-from dec_diffusion.metrics import external_scores, internal_scores
+from dec_diffusion.metrics import external_scores, internal_scores, occupancy
 from dec_diffusion.types import InputError
 
 LARGE = 20_000
@@ -37,6 +39,15 @@ VARIANCE_FLOOR = 0.1
 
 MAX_DOUBLE = 2**25
 """Elements above which an input is fitted in float32."""
+
+MAX_FITTED = 2**26
+"""Elements that are fitted at most; one copy of them takes 256 MiB."""
+
+_CHUNK = 2**22
+"""Elements that are labelled at a time where not all rows are fitted."""
+
+Predict = Callable[[np.ndarray], Any]
+"""From rows [m, d] to the cluster [m] of each."""
 
 
 class Baseline(TypedDict):
@@ -59,22 +70,24 @@ def baselines(
     *,
     seed: int,
     limit: int | None = None,
+    scale: ArrayLike | None = None,
 ) -> dict[str, Baseline]:
     """Both baselines on scaled inputs: ``kmeans_pixels`` and ``gmm_pixels``.
 
     Args:
-        x_flat: [n, d] finite inputs, scaled as the network sees them.
+        x_flat: [n, d] finite inputs.
         k: number of clusters, 1 <= k <= n.
         labels_true: [n] classes of any type, for scoring only.
         seed: of the starts and of the draw of ``limit`` rows.
         limit: most rows to fit on; None means all.
+        scale: [d] positive, what features are divided by; None leaves them.
 
     Raises:
         InputError: wrong shape, non-finite values, or k or ``limit`` out of range.
     """
     return {
-        "kmeans_pixels": kmeans_on(x_flat, k, labels_true, seed=seed, limit=limit),
-        "gmm_pixels": gmm_on(x_flat, k, labels_true, seed=seed, limit=limit),
+        "kmeans_pixels": kmeans_on(x_flat, k, labels_true, seed=seed, limit=limit, scale=scale),
+        "gmm_pixels": gmm_on(x_flat, k, labels_true, seed=seed, limit=limit, scale=scale),
     }
 
 
@@ -85,10 +98,11 @@ def kmeans_on(
     *,
     seed: int,
     limit: int | None = None,
+    scale: ArrayLike | None = None,
 ) -> Baseline:
     """k-means on any vectors [n, d], for instance learned latents; arguments as `baselines`."""
 
-    def fit(fitted: np.ndarray, points: np.ndarray) -> tuple[np.ndarray, dict[str, Any]]:
+    def fit(fitted: np.ndarray) -> tuple[Predict, dict[str, Any]]:
         from sklearn.cluster import KMeans
 
         starts = 3 if len(fitted) > LARGE else 10
@@ -101,9 +115,9 @@ def kmeans_on(
             "iterations": int(model.n_iter_),
             "converged": bool(model.n_iter_ < 300),
         }
-        return np.asarray(model.predict(points)), settings
+        return model.predict, settings
 
-    return _run(fit, embedding, k, labels_true, seed, limit)
+    return _run(fit, embedding, k, labels_true, seed, limit, scale)
 
 
 def gmm_on(
@@ -113,10 +127,11 @@ def gmm_on(
     *,
     seed: int,
     limit: int | None = None,
+    scale: ArrayLike | None = None,
 ) -> Baseline:
     """Diagonal Gaussian mixture on any vectors [n, d]; arguments as `baselines`."""
 
-    def fit(fitted: np.ndarray, points: np.ndarray) -> tuple[np.ndarray, dict[str, Any]]:
+    def fit(fitted: np.ndarray) -> tuple[Predict, dict[str, Any]]:
         from sklearn.mixture import GaussianMixture
 
         starts = 1 if len(fitted) > LARGE else 3
@@ -137,39 +152,58 @@ def gmm_on(
             "iterations": int(model.n_iter_),
             "converged": bool(model.converged_),
         }
-        return np.asarray(model.predict(points)), settings
+        return model.predict, settings
 
-    return _run(fit, embedding, k, labels_true, seed, limit)
+    return _run(fit, embedding, k, labels_true, seed, limit, scale)
 
 
 def _run(
-    fit: Callable[[np.ndarray, np.ndarray], tuple[np.ndarray, dict[str, Any]]],
+    fit: Callable[[np.ndarray], tuple[Predict, dict[str, Any]]],
     embedding: ArrayLike,
     k: int,
     labels_true: ArrayLike | None,
     seed: int,
     limit: int | None,
+    scale: ArrayLike | None,
 ) -> Baseline:
-    """Check, centre, time and score ``fit(fitted rows, all rows) -> (labels, settings)``."""
-    points = _points(embedding)
-    n = len(points)
+    """Check, centre, time and score ``fit(fitted rows) -> (predict, settings)``."""
+    given, mean = _checked(embedding)
+    n, d = given.shape
     if limit is not None and limit < 1:
         raise InputError(f"limit is {limit}: give a positive number of rows, or None for all")
-    rows = n if limit is None else min(limit, n)
+    rows = min(n, limit or n, max(k, MAX_FITTED // d))
     if not 1 <= k <= rows:
         raise InputError(f"k is {k}: give between 1 and {rows}, the number of rows fitted")
     if labels_true is not None and len(np.asarray(labels_true)) != n:
         raise InputError(f"labels_true has {len(np.asarray(labels_true))} rows and the data {n}")
-    fitted = points
+    dtype = np.float64 if given.size <= MAX_DOUBLE else np.float32
+    divisor = None if scale is None else np.asarray(scale, dtype)
+
+    def points(part: np.ndarray) -> np.ndarray:
+        centred = part.astype(dtype)
+        centred -= mean.astype(dtype)
+        if divisor is not None:
+            centred /= divisor
+        return centred
+
+    drawn = None
     if rows < n:
         # Sorted, so that the draw reads memory in order.
-        drawn = np.random.default_rng(seed).choice(n, rows, replace=False)
-        fitted = points[np.sort(drawn)]
+        drawn = np.sort(np.random.default_rng(seed).choice(n, rows, replace=False))
+    fitted = points(given if drawn is None else given[drawn])
     start = time.perf_counter()
-    labels, settings = fit(fitted, points)
+    predict, settings = fit(fitted)
+    if drawn is None:
+        labels = np.asarray(predict(fitted))
+    else:
+        step = max(1, _CHUNK // d)
+        parts = [predict(points(given[i : i + step])) for i in range(0, n, step)]
+        labels = np.concatenate(parts)
     seconds = time.perf_counter() - start
     scores = {} if labels_true is None else external_scores(labels_true, labels)
-    scores |= internal_scores(points, labels, num_clusters=k, seed=seed)
+    of_fitted = labels if drawn is None else labels[drawn]
+    scores |= internal_scores(fitted, of_fitted, num_clusters=k, seed=seed)
+    scores |= occupancy(labels, num_clusters=k)
     return {
         "scores": scores,
         "seconds": seconds,
@@ -178,8 +212,8 @@ def _run(
     }
 
 
-def _points(embedding: ArrayLike) -> np.ndarray:
-    """[n, d] centred floats."""
+def _checked(embedding: ArrayLike) -> tuple[np.ndarray, np.ndarray]:
+    """The input [n, d] and its mean, float64 [d]."""
     given = np.asarray(embedding)
     if given.ndim != 2 or 0 in given.shape:
         raise InputError(f"baselines need a non-empty [examples, dimensions] array: {given.shape}")
@@ -188,5 +222,4 @@ def _points(embedding: ArrayLike) -> np.ndarray:
     mean = given.mean(axis=0, dtype=np.float64)
     if not np.isfinite(mean).all():
         raise InputError("baselines need finite values: the data hold NaN or infinite ones")
-    dtype = np.float64 if given.size <= MAX_DOUBLE else np.float32
-    return given.astype(dtype) - mean.astype(dtype)
+    return given, mean

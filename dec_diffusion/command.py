@@ -14,7 +14,7 @@ import jax
 import numpy as np
 
 from dec_diffusion import config as configs
-from dec_diffusion import data, report, results, seeds, train, workdir
+from dec_diffusion import data, evaluate, report, results, seeds, train, workdir
 from dec_diffusion.config import Config
 from dec_diffusion.data import DataConfig, Dataset
 from dec_diffusion.train import Run
@@ -96,7 +96,9 @@ def _other_data(own: DataConfig, overrides: list[tuple[str, str | None]]) -> Dat
     changed = dict(overrides)
     if not changed.keys() & {"data.name", "data.path", "data.tfds_name"}:
         return own
-    other = DataConfig() if "data.name" in changed else DataConfig(name=own.name, path=own.path)
+    other = DataConfig(cache=own.cache)
+    if "data.name" not in changed:
+        other = dataclasses.replace(other, name=own.name, path=own.path)
     asked = {name: changed.get(f"data.{name}") for name in ("name", "path")}
     table = dataclasses.replace(other, **{k: v for k, v in asked.items() if v is not None})
     columns = data.column_names(table)
@@ -201,7 +203,7 @@ def _span(offset: Any, scale: Any) -> str:
 def _evaluate(trained: Run, place: Workdir, home: Workdir, started: float, verbose: int) -> str:
     dataset = _dataset(trained, verbose)
     known = results.read_prototypes(home)
-    assignment = train.assign(trained, dataset)
+    assignment = train.assign(trained, dataset, embedded=evaluate.EMBEDDED)
     _make(place.path)
     summary = results.write(
         trained,
@@ -218,7 +220,7 @@ def _evaluate(trained: Run, place: Workdir, home: Workdir, started: float, verbo
 def _predict(trained: Run, place: Workdir, home: Workdir, verbose: int) -> str:
     dataset = _dataset(trained, verbose)
     known = results.read_prototypes(home)
-    assignment = train.assign(trained, dataset)
+    assignment = train.assign(trained, dataset, embedded=evaluate.EMBEDDED)
     _make(place.path)
     results.write_assignments(dataset, assignment, place, known)
     return f"{dataset.num_examples:,} examples assigned: {place.path / workdir.ASSIGNMENTS}"

@@ -67,7 +67,12 @@ class Config:
     pretrained: str = ""
 
 
-RESUMABLE = ("train.evaluate_every", "train.checkpoint_every", "train.keep_checkpoints")
+RESUMABLE = (
+    "data.cache",
+    "train.evaluate_every",
+    "train.checkpoint_every",
+    "train.keep_checkpoints",
+)
 """Fields that may change when a run is resumed: they change no weight and no assignment."""
 
 

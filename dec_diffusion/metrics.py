@@ -208,14 +208,8 @@ def internal_scores(
         raise InputError(f"sample is {sample}: the silhouette needs at least 2 examples")
     if not np.isfinite(points).all():
         raise InputError("embedding holds NaN or infinite values: remove those examples")
-    shares = np.bincount(codes, minlength=len(clusters)) / len(codes)
-    scores = {
-        "silhouette": _silhouette(points, codes, sample, seed),
-        "occupancy_entropy": _entropy(shares) / np.log(len(shares)) if len(shares) > 1 else 0.0,
-        "clusters_nonempty": float((shares > 0).sum()),
-        "smallest_share": shares.min(),
-        "largest_share": shares.max(),
-    }
+    scores = {"silhouette": _silhouette(points, codes, sample, seed)}
+    scores |= _occupancy(codes, len(clusters))
     if log_likelihood is not None:
         values = np.asarray(log_likelihood, dtype=np.float64)
         if values.ndim:
@@ -224,6 +218,22 @@ def internal_scores(
             raise InputError("log_likelihood holds NaN or infinite values: check the mixture")
         scores["log_likelihood"] = values.mean()
     return {name: float(value) for name, value in scores.items()}
+
+
+def occupancy(labels_pred: ArrayLike, *, num_clusters: int | None = None) -> dict[str, float]:
+    """The scores of `internal_scores` that need the sizes of the clusters only."""
+    clusters, codes = _clusters(labels_pred, num_clusters)
+    return {name: float(value) for name, value in _occupancy(codes, len(clusters)).items()}
+
+
+def _occupancy(codes: np.ndarray, num_clusters: int) -> dict[str, float]:
+    shares = np.bincount(codes, minlength=num_clusters) / len(codes)
+    return {
+        "occupancy_entropy": _entropy(shares) / np.log(len(shares)) if len(shares) > 1 else 0.0,
+        "clusters_nonempty": float((shares > 0).sum()),
+        "smallest_share": shares.min(),
+        "largest_share": shares.max(),
+    }
 
 
 def _silhouette(points: np.ndarray, codes: np.ndarray, sample: int, seed: int) -> float:

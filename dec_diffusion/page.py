@@ -24,6 +24,7 @@ from dec_diffusion import config as configs
 from dec_diffusion import metrics, prototypes, report
 from dec_diffusion.config import Config
 from dec_diffusion.data import Dataset
+from dec_diffusion.data.dataset import few_rows
 from dec_diffusion.evaluate import Assignment
 from dec_diffusion.report import Layout
 
@@ -126,6 +127,8 @@ def write(
     target = path if hasattr(path, "write_bytes") else Path(path)
     if layout is None:
         layout = report.lay_out(assignment.embedding, seed=seed)
+        if assignment.embedded is not None:
+            layout = layout._replace(rows=assignment.embedded[layout.rows])
     pictures = {
         name: (target.parent / name).read_bytes()
         for name in ("curves.png", "search.png", "confusion.png")
@@ -421,7 +424,8 @@ def _card_of_samples(samples: np.ndarray, k: int, most: int) -> list[Html]:
 def _card_of_vectors(
     dataset: Dataset, assignment: Assignment, k: int, certain: np.ndarray, doubtful: np.ndarray
 ) -> list[Html]:
-    found = distinctive(dataset.examples, assignment.labels, k)
+    rows = few_rows(dataset)
+    found = distinctive(dataset.examples[rows], assignment.labels[rows], k)
     reach = max((abs(f.difference) for f in found), default=1.0)
     rows = [
         tag(

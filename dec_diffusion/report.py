@@ -15,7 +15,7 @@ One channel is grey, two are averaged, of more the first three are red, green an
 
 import colorsys
 import io
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -151,17 +151,19 @@ def images_by_cluster(
     per_cluster: int = 12,
     least: int = 4,
     seed: int = 0,
+    in_unit: Callable[[np.ndarray], np.ndarray] | None = None,
 ) -> None:
     """One row per cluster: its most confident members, a gap, and its least confident ones.
 
     Args:
         path: PNG file to write.
-        images: [n, h, w, c] in [0, 1].
+        images: [n, h, w, c] in [0, 1], or in other units with ``in_unit``.
         labels: int [n] in 0..num_clusters-1; clusters without members get an empty row.
         confidence: float [n], probability of the assigned cluster.
         num_clusters: rows (the first `MAX_ROWS` are drawn).
         per_cluster: most confident members per row; ``least``: least confident ones.
         seed: breaks ties of confidence.
+        in_unit: makes images [..., h, w, c] ones in [0, 1]; given only those that are drawn.
 
     Raises:
         InputError: shapes that do not match, or labels out of range.
@@ -193,7 +195,7 @@ def images_by_cluster(
     title = f"Images by cluster   ·   {len(codes):,} images, {_clusters_text(num_clusters)}"
     _grid_figure(
         path,
-        pictures[index],
+        pictures[index] if in_unit is None else in_unit(pictures[index]),
         present,
         title,
         captions,

@@ -13,6 +13,7 @@ import numpy as np
 
 from dec_diffusion import evaluate, metrics, page, prototypes, report
 from dec_diffusion.data import Dataset
+from dec_diffusion.data.dataset import few_rows
 from dec_diffusion.evaluate import Assignment
 from dec_diffusion.method import Findings
 from dec_diffusion.prototypes import Prototypes
@@ -90,9 +91,7 @@ def write(
     if training and run.method.findings is not None:
         found = run.method.findings(run.state.cluster)
         summary["baselines"] = {
-            name: {
-                "scores": evaluate.score_labels(assignment.embedding, labels, num_clusters, truth)
-            }
+            name: {"scores": evaluate.score_labels(assignment, labels, num_clusters, truth)}
             for name, labels in found.partitions.items()
         } | summary["baselines"]
         summary["search"] = _search(run, found, truth, place)
@@ -252,17 +251,6 @@ def to_unit(examples: np.ndarray, run: "Run") -> np.ndarray:
     return np.clip(((examples - run.offset) / run.scale + 1) / 2, 0, 1)
 
 
-def _as_bytes(examples: np.ndarray, run: "Run") -> np.ndarray:
-    """Images as uint8 in 0..255, without a copy in floating point of all of them at once."""
-    if examples.dtype == np.uint8 and run.offset == run.scale == 127.5:
-        return examples
-    out = np.empty(examples.shape, np.uint8)
-    for start in range(0, len(examples), 4096):
-        part = slice(start, start + 4096)
-        out[part] = np.round(255 * to_unit(examples[part], run))
-    return out
-
-
 def describe(summary: Mapping[str, Any], folder: Path) -> str:
     """The end of a run in a few lines: this run beside its baselines, and where to look."""
     rows = [("this run", summary["scores"])]
@@ -297,20 +285,27 @@ def _pictures(
     if dataset.is_image:
         report.images_by_cluster(
             folder / "clusters.png",
-            _as_bytes(dataset.examples, run),
+            dataset.examples,
             assignment.labels,
             assignment.probability,
             num_clusters=num_clusters,
+            in_unit=lambda images: to_unit(images, run),
         )
         if run.method.sample is not None:
             samples = to_unit(sample(run), run)
             report.generated_by_cluster(folder / "generated.png", samples)
     else:
-        flat = (dataset.examples - run.offset) / run.scale
-        report.centres(folder / "clusters.png", flat, assignment.labels, num_clusters=num_clusters)
+        rows = few_rows(dataset)
+        flat, labels = (dataset.examples[rows] - run.offset) / run.scale, assignment.labels[rows]
+        report.centres(folder / "clusters.png", flat, labels, num_clusters=num_clusters)
     layout = report.latent_map(
-        folder / "latents.png", assignment.embedding, assignment.labels, labels_true=dataset.labels
+        folder / "latents.png",
+        assignment.embedding,
+        assignment.of_embedded(assignment.labels),
+        labels_true=None if dataset.labels is None else assignment.of_embedded(dataset.labels),
     )
+    if assignment.embedded is not None:
+        layout = layout._replace(rows=assignment.embedded[layout.rows])
     if records:
         report.curves(folder / "curves.png", records)
     if dataset.labels is not None:

@@ -111,7 +111,9 @@ def fit(
     if path is not None:
         place = workdir.open_workdir(path, configs.to_dict(config), ignore=configs.RESUMABLE)
     data = prepare(dataset, config)
-    assign = evaluate.compile_assign(method, data, _key(config))
+    # Who asks for no workdir has the data in memory, and wants to transform them.
+    embedded = None if path is None else evaluate.EMBEDDED
+    assign = evaluate.compile_assign(method, data, _key(config), embedded=embedded)
     with (
         loggers.start(logger, None if isinstance(place, workdir.Memory) else place.path) as log,
         place.checkpoints(keep=config.train.keep_checkpoints) as checkpoints,
@@ -220,15 +222,18 @@ def prepare(dataset: Dataset, config: Config) -> parallel.Data:
     )
 
 
-def assign(run: Run, dataset: Dataset) -> evaluate.Assignment:
+def assign(run: Run, dataset: Dataset, *, embedded: int | None = None) -> evaluate.Assignment:
     """Assign the examples of a data set, new or not, under the scaling of the training data.
+
+    ``embedded`` is as for ``evaluate.compile_assign``.
 
     Raises:
         InputError: its examples have another shape than those of the run.
     """
     dataset = rescaled(run, dataset)
     data = prepare(dataset, run.config)
-    return evaluate.compile_assign(run.method, data, _key(run.config))(run.state)
+    key = _key(run.config)
+    return evaluate.compile_assign(run.method, data, key, embedded=embedded)(run.state)
 
 
 def rescaled(run: Run, dataset: Dataset) -> Dataset:
@@ -399,8 +404,17 @@ def _about(dataset: Dataset, spec: DataSpec) -> dict[str, Any]:
         "num_examples": dataset.num_examples,
         "offset": np.asarray(dataset.offset),
         "scale": np.asarray(dataset.scale),
-        "crc32": zlib.crc32(np.ascontiguousarray(dataset.examples).data),
+        "crc32": _checksum(dataset.examples),
     }
+
+
+def _checksum(examples: np.ndarray) -> int:
+    """CRC-32 of all values, a part at a time, as they may be mapped from a file."""
+    checksum = 0
+    for start in range(0, len(examples), 4096):
+        part = np.ascontiguousarray(examples[start : start + 4096])
+        checksum = zlib.crc32(part.data, checksum)
+    return checksum
 
 
 def _remaining(

@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 from dec_diffusion import data, main
-from dec_diffusion.data.folder import common_size
+from dec_diffusion.data.decode import common_size
 from dec_diffusion.types import InputError
 
 RNG = np.random.default_rng(0)

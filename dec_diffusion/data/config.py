@@ -16,6 +16,8 @@ FILELESS = ("digits", "blobs")
 NAMES = (*FILELESS, *IDX_NAMES, *ARRAY_NAMES, "usps", *BINARY_NAMES, "folder", *TABLE_NAMES, "tfds")
 SPLITS = ("train", "test", "all")
 CIFAR100_LABELS = ("coarse", "fine")
+LARGE = 256 * 2**20
+"""Bytes from which on examples are mapped from a file rather than held in memory."""
 _CSV_ENDINGS = (".csv", ".tsv", ".csv.gz", ".tsv.gz")
 
 
@@ -84,6 +86,11 @@ class DataConfig:
         ``refuse`` (stop and name it) or ``skip`` (leave it out with a warning).
       labels: For ``folder``: ``folders`` makes the name of the folder that an image lies in its
         label, for scoring only. ``none``: no labels.
+      cache: For ``folder``, and for images in ``parquet``: where decoded images are kept, so that
+        the next run with the same files and options need not decode them, and so that memory need
+        not hold them. A folder; ``auto`` (``dec_diffusion/images`` in ``$XDG_CACHE_HOME``, else in
+        ``~/.cache``, and only where they take 256 MiB or more); or ``none``. Other sources have no
+        use for it.
     """
 
     name: str = "digits"
@@ -100,6 +107,7 @@ class DataConfig:
     colour: Literal["auto", "grey", "rgb"] = "auto"
     broken: Literal["refuse", "skip"] = "refuse"
     labels: Literal["none", "folders"] = "none"
+    cache: str = "auto"
 
 
 CHOICES = {

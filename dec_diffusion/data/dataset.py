@@ -7,6 +7,7 @@ uint8 in memory. Images map their nominal range [low, high] to [-1, 1]:
 """
 
 import dataclasses
+import math
 
 import numpy as np
 
@@ -17,7 +18,7 @@ _CHUNK = 4096  # rows at a time, so that float64 copies stay small
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Dataset:
-    """Examples in memory.
+    """Examples in memory, or mapped from a file: read by rows, never all at once.
 
     Attributes:
       name: For titles and file names.
@@ -88,9 +89,9 @@ def from_arrays(
         examples, rows = examples[chosen], rows[chosen]
         labels = None if labels is None else labels[chosen]
         paths = None if paths is None else [paths[i] for i in chosen]
-    if examples.dtype != np.uint8:
+    if examples.dtype not in (np.uint8, np.float32):
         with np.errstate(over="ignore"):  # an overflow becomes inf and is reported below
-            examples = examples.astype(np.float32, copy=False)
+            examples = examples.astype(np.float32)
     _check_values(examples, rows, source)
     offset, scale = _image_scaling(examples, nominal) if examples.ndim == 4 else _moments(examples)
     return Dataset(
@@ -129,6 +130,11 @@ def choose_rows(num_examples: int, limit: int | None) -> np.ndarray:
     if limit is None or limit >= num_examples:
         return np.arange(num_examples)
     return np.sort(np.random.default_rng(0).permutation(num_examples)[:limit])
+
+
+def few_rows(dataset: Dataset, *, elements: int = 2**25) -> np.ndarray:
+    """All rows, or as many as hold ``elements`` values: a copy of those in float64 is small."""
+    return choose_rows(dataset.num_examples, max(1, elements // math.prod(dataset.example_shape)))
 
 
 def check_clusters(dataset: Dataset, num_clusters: int, batch_size: int, *, least: int = 2) -> None:
@@ -221,10 +227,14 @@ def _check_values(examples: np.ndarray, rows: np.ndarray, source: str) -> None:
     """Refuse values that are not finite in float32."""
     if examples.dtype == np.uint8:
         return
-    finite = np.isfinite(examples)
-    if not finite.all():
-        count = finite.size - np.count_nonzero(finite)
-        first = np.argmin(finite.reshape(len(finite), -1).all(axis=1))
+    count, first = 0, -1
+    for start in range(0, len(examples), _CHUNK):
+        finite = np.isfinite(examples[start : start + _CHUNK])
+        if not finite.all():
+            count += finite.size - np.count_nonzero(finite)
+            if first < 0:
+                first = start + int(np.argmin(finite.reshape(len(finite), -1).all(axis=1)))
+    if count:
         raise InputError(
             f"{source}: {count} values are NaN, infinite or beyond float32, the first in"
             f" example {rows[first]}; repair or drop those examples"

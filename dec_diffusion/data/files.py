@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from dec_diffusion.data.config import DataConfig, suggest
+from dec_diffusion.data.config import LARGE, DataConfig, suggest
 from dec_diffusion.data.dataset import Dataset, from_arrays
 from dec_diffusion.types import InputError
 
@@ -158,7 +158,9 @@ def read_array(config: DataConfig) -> Dataset:
         )
     # Never unpickle: a pickle in a data file can run any code.
     with reading(path, "write plain numeric arrays (and string labels) with np.save or np.savez"):
-        loaded = np.load(path, allow_pickle=False)
+        # A large file is mapped: its rows are read as they are needed.
+        mode = "r" if path.suffix == ".npy" and path.stat().st_size >= LARGE else None
+        loaded = np.load(path, mmap_mode=mode, allow_pickle=False)
         if isinstance(loaded, np.ndarray):
             part, source = _npy_part(config, loaded, path), str(path)
         else:

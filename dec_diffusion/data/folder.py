@@ -2,38 +2,39 @@
 
 Headers are read first: they decide the common size. Then every file is decoded, turned upright,
 put on white where it is transparent, and scaled so that it just covers the common size; what
-sticks out on two sides is cut off.
+sticks out on two sides is cut off (``decode``). Large results are kept on disk (``cache``).
 """
 
+import contextlib
 import itertools
 import os
 import time
 import warnings
-from collections import Counter
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple, TypeVar
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image
 
+from dec_diffusion.data import cache
 from dec_diffusion.data.config import DataConfig
 from dec_diffusion.data.dataset import Dataset, choose_rows, from_arrays
+from dec_diffusion.data.decode import common_size, read_image, read_size
 from dec_diffusion.progress import Progress
 from dec_diffusion.types import InputError
 
-LARGEST = 64  # pixels of the longer side, unless the user asks for more
-BATCH = 256  # images that are decoded before the next ones are looked for
+BATCH = 256  # images that are looked for at a time
 _TOGETHER = 8  # images that a thread takes at a time
-_ORIENTATION = 0x0112  # EXIF tag; from 5 on, height and width change places
+_AHEAD = 4  # such parts that wait for a thread
 _NAMED = 5  # files that a warning names
 _IGNORED = {"thumbs.db", "desktop.ini", "__macosx"}  # what operating systems leave in folders
 _QUIET_SECONDS = 3.0  # reading that is over by then needs no progress
 _LIVE_SECONDS = 0.2  # between two states of a live line
 
-_Size = tuple[int, int]  # width, height, as in Pillow
 _T = TypeVar("_T")
 
 
@@ -83,11 +84,13 @@ def read_folder(
     files = find_files(folder)
 
     def batches() -> Iterator[Sequence[Encoded]]:
-        encoded = (Encoded(str(file), partial(file.open, "rb")) for file in files)
+        encoded = (Encoded(str(file), partial(open, file, "rb")) for file in files)
         while batch := list(itertools.islice(encoded, BATCH)):
             yield batch
 
-    images, rows = read_images(config, batches, len(files), shape, verbose=verbose)
+    options = (config.size, config.colour, config.broken, config.limit, shape)
+    kept = cache.locate(config.cache, folder, options, map(cache.stamp, files))
+    images, rows = read_images(config, batches, len(files), shape, kept=kept, verbose=verbose)
     paths = [files[row] for row in rows]
     return from_arrays(
         images,
@@ -105,6 +108,7 @@ def read_images(
     total: int,
     shape: tuple[int, ...] | None = None,
     *,
+    kept: cache.Cache | None = None,
     verbose: int = 0,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Encoded images of any sizes and modes as one array.
@@ -114,14 +118,36 @@ def read_images(
       batches: the images.
       total: how many they are.
       shape: see ``read_folder``.
+      kept: where the result may be found, and is left if it is large; None for nowhere.
       verbose: see ``read_folder``.
 
     Returns:
-      uint8 [n, h, w, 1 or 3], and int64 [n], the places of these images among all.
+      uint8 [n, h, w, 1 or 3], perhaps mapped from a file, and int64 [n], the places of these
+      images among all.
 
     Raises:
       InputError: an image is broken (unless such are skipped), or none is left.
     """
+    found = None if kept is None else cache.find(kept)
+    if found is not None and kept is not None:
+        if verbose:
+            print(f"{len(found.rows):,} decoded images come from {kept.folder}", flush=True)
+    else:
+        found = _decode(config, batches, total, shape, kept, verbose)
+    if found.broken:
+        _warn([Broken(*each) for each in found.broken], total)
+    return found.images, found.rows
+
+
+def _decode(
+    config: DataConfig,
+    batches: Batches,
+    total: int,
+    shape: tuple[int, ...] | None,
+    kept: cache.Cache | None,
+    verbose: int,
+) -> cache.Entry:
+    """Read all images; arguments and errors are those of ``read_images``."""
     show = _shown(f"looking at {total:,} images", total, verbose)
     headers = list(_each(read_size, batches(), show))
     broken = [header for header in headers if isinstance(header, Broken)]
@@ -134,27 +160,48 @@ def read_images(
         size = size if config.size else (shape[1], shape[0])
         colour = {1: "grey", 3: "rgb"}[shape[2]] if colour == "auto" else colour
     rows = rows[choose_rows(len(rows), config.limit)]
-    mode = "L" if colour == "grey" else "RGB"
-    images = np.empty((len(rows), size[1], size[0], 1 if mode == "L" else 3), np.uint8)
-    whole = np.ones(len(rows), bool)
-    show = _shown(f"reading {len(rows):,} images", len(rows), verbose)
-    decoded = _each(lambda stream: read_image(stream, size, mode), _chosen(batches(), rows), show)
-    for i, image in enumerate(decoded):
-        if isinstance(image, Broken):
-            broken.append(image)
-            whole[i] = False
-        else:
-            images[i] = image
-    _refuse(config, broken)
-    if not whole.any():
-        raise InputError(
-            f"--config.data.path={config.path}: none of its {total} files is an image that can be"
-            f" read, as {broken[0].name}, which {broken[0].reason}; check the path"
-        )
-    if broken:
-        _warn(broken, total)
-        images, rows = images[whole], rows[whole]
-    return _channels(images, colour), rows
+
+    def fill(store: cache.Memory | cache.Writer) -> cache.Entry:
+        if colour == "rgb":
+            store.widen()
+        whole, unreadable = np.ones(len(rows), bool), list(broken)
+        show = _shown(f"reading {len(rows):,} images", len(rows), verbose)
+
+        def read(stream: BinaryIO) -> np.ndarray:
+            # Once an image has a colour, it no longer matters whether others have.
+            return read_image(stream, size, "rgb" if store.channels == 3 else colour)
+
+        for i, image in enumerate(_each(read, _chosen(batches(), rows), show)):
+            if isinstance(image, Broken):
+                unreadable.append(image)
+                whole[i] = False
+            else:
+                store.add(image)
+        _refuse(config, unreadable)
+        if not store.count:
+            raise InputError(
+                f"--config.data.path={config.path}: none of its {total} files is an image that can"
+                f" be read, as {unreadable[0].name}, which {unreadable[0].reason}; check the path"
+            )
+        return store.finish(rows[whole], [tuple(each) for each in unreadable])
+
+    if kept is not None and kept.wants(
+        len(rows) * size[0] * size[1] * (1 + 2 * (colour != "grey"))
+    ):
+        try:
+            with contextlib.closing(cache.Writer(kept, len(rows), size)) as writer:
+                entry = fill(writer)
+            if verbose:
+                held = f"{entry.images.nbytes / 2**20:,.0f} MiB"
+                print(
+                    f"the decoded images are kept in {kept.folder} ({held});"
+                    " --config.data.cache=none keeps none",
+                    flush=True,
+                )
+            return entry
+        except cache.CacheError as error:
+            cache.warn(error)
+    return fill(cache.Memory(len(rows), size))
 
 
 def find_files(folder: Path) -> list[Path]:
@@ -183,79 +230,6 @@ def _is_ignored(name: str) -> bool:
     return name.startswith(".") or name.lower() in _IGNORED
 
 
-def read_size(stream: BinaryIO) -> _Size:
-    """Width and height in pixels, once upright; reads the header only."""
-    with Image.open(stream) as image:
-        width, height = image.size
-        # Pillow turns TIFF by itself, and asked for EXIF that a PNG's header lacks it decodes all.
-        known = image.format not in ("PNG", "TIFF") or "exif" in image.info
-        turned = known and image.getexif().get(_ORIENTATION, 1) >= 5
-    return (height, width) if turned else (width, height)
-
-
-def common_size(sizes: Sequence[_Size], wanted: int | None) -> _Size:
-    """The size that all images get.
-
-    Args:
-      sizes: of the images, at least one unless ``wanted`` is given.
-      wanted: side of a square; None for the size that most images have, or, where no size has
-        a majority, a square of the median of the shorter sides, at most ``LARGEST``.
-    """
-    if wanted is not None or not sizes:
-        side = wanted or LARGEST
-        return side, side
-    (size, count), *_ = Counter(sizes).most_common(1)
-    if 2 * count <= len(sizes):
-        side = int(np.median([min(size) for size in sizes]))
-        size = side, side
-    factor = min(1.0, LARGEST / max(size))
-    return max(1, round(factor * size[0])), max(1, round(factor * size[1]))
-
-
-def read_image(stream: BinaryIO, size: _Size, mode: str) -> np.ndarray:
-    """The first frame of an image as uint8 [h, w, 3], or [h, w, 1] in mode ``L``.
-
-    Args:
-      stream: its bytes. An open one, as Pillow maps the files that it opens itself, and garbles
-        a TIFF that is turned so.
-      size: what it gets.
-      mode: ``RGB`` or ``L``.
-
-    Raises:
-      Exception: of any kind, where Pillow cannot decode the file.
-      ValueError: pixels of more than 16 bits, whose range is not known.
-    """
-    with Image.open(stream) as image:
-        # A large JPEG can be decoded at a fraction of its size, which is several times faster.
-        enough = 2 * max(size)
-        image.draft(None, (enough, enough))
-        image.load()  # a TIFF is turned by this, and its tag gone
-        turned = image.getexif().get(_ORIENTATION, 1) != 1
-        eight_bit = _on_white(ImageOps.exif_transpose(image) if turned else image)
-    if eight_bit.size != size:
-        eight_bit = ImageOps.fit(eight_bit, size, Image.Resampling.BICUBIC)
-    pixels = np.asarray(eight_bit if eight_bit.mode == mode else eight_bit.convert(mode))
-    return pixels[..., None] if mode == "L" else pixels
-
-
-def _on_white(image: Image.Image) -> Image.Image:
-    """An image of mode RGB or L, 8 bits per channel; the same one if it is that already."""
-    if image.mode == "F":
-        raise ValueError("its pixels are real numbers without a known range; save 8 or 16 bits")
-    if image.mode.startswith("I"):
-        # Pillow itself would clip 16 bits to 8 instead of scaling them.
-        values = np.asarray(image).astype(np.int64)
-        if values.min() < 0 or values.max() > 65535:
-            raise ValueError("its pixels have more than 16 bits; save 8 or 16 bits")
-        image = Image.fromarray(((values * 255 + 32767) // 65535).astype(np.uint8))
-    elif image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info:
-        image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    elif image.mode == "1":
-        image = image.convert("L")
-    return image if image.mode in ("RGB", "L") else image.convert("RGB")
-
-
 def _each(
     read: Callable[[BinaryIO], _T],
     batches: Iterable[Sequence[Encoded]],
@@ -282,11 +256,15 @@ def _each(
                 results.append(Broken(image.name, f"cannot be read ({reason})"))
         return results
 
-    done = 0
-    with ThreadPoolExecutor(_threads()) as pool:
-        for batch in batches:
-            parts = [batch[i : i + _TOGETHER] for i in range(0, len(batch), _TOGETHER)]
-            for part in pool.map(attempt, parts):
+    done, threads = 0, _threads()
+    waiting: deque[Future[list[_T | Broken]]] = deque()
+    with ThreadPoolExecutor(threads) as pool:
+        for batch in itertools.chain(batches, (None,)):
+            parts = range(0, len(batch or ()), _TOGETHER)
+            waiting.extend(pool.submit(attempt, batch[i : i + _TOGETHER]) for i in parts if batch)
+            # Some stay in hand, so that no thread idles while the next batch is looked for.
+            while len(waiting) > (_AHEAD * threads if batch else 0):
+                part = waiting.popleft().result()
                 yield from part
                 done += len(part)
                 show(done)
@@ -338,13 +316,6 @@ def _warn(broken: Sequence[Broken], total: int) -> None:
     named = "; ".join(f"{name} {reason}" for name, reason in broken[:_NAMED])
     more = f"; and {len(broken) - _NAMED} more" if len(broken) > _NAMED else ""
     warnings.warn(f"left out {len(broken)} of {total} files: {named}{more}", stacklevel=2)
-
-
-def _channels(images: np.ndarray, colour: str) -> np.ndarray:
-    """One channel where ``colour`` is ``auto`` and no pixel of any image has a colour."""
-    if colour != "auto" or any((image != image[..., :1]).any() for image in images):
-        return images
-    return np.ascontiguousarray(images[..., :1])
 
 
 def _class_names(folder: Path, paths: Sequence[Path]) -> np.ndarray:

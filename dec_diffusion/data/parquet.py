@@ -1,7 +1,8 @@
 """Parquet files: tables of numbers, and data sets of encoded images as the Hugging Face hub has.
 
 Images are stored as a struct of ``bytes`` and ``path``, or as plain bytes. They are read batch by
-batch, twice: for their sizes and to decode them. So only decoded images stay in memory.
+batch, twice: for their sizes and to decode them. So only decoded images stay in memory, or, where
+these are large, in the cache on disk.
 """
 
 import io
@@ -12,6 +13,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
+from dec_diffusion.data import cache
 from dec_diffusion.data.config import DataConfig, files_of_parquet, suggest
 from dec_diffusion.data.dataset import Dataset, from_arrays
 from dec_diffusion.data.files import check_file, reading
@@ -83,8 +85,14 @@ def read_parquet(
     usual = [name for name in USUAL_LABELS if name in schema.names and name not in config.drop]
     label = label or next(iter(usual), None)
     labels = None if label is None else _labels(paths, files, label)
+    options = (column, config.size, config.colour, config.broken, config.limit, shape)
     images, rows = read_images(
-        config, partial(_encoded, paths, files, column), total, shape, verbose=verbose
+        config,
+        partial(_encoded, paths, files, column),
+        total,
+        shape,
+        kept=cache.locate(config.cache, path, options, map(cache.stamp, paths)),
+        verbose=verbose,
     )
     return from_arrays(
         images,
@@ -259,7 +267,8 @@ def _features(
 ) -> np.ndarray:
     """float32 [n, d]; refuses what is no finite number by row and column."""
     chosen = [names[i] for i in columns.features]
-    parts = []
+    examples = np.empty((sum(file.metadata.num_rows for file in files), len(chosen)), np.float32)
+    done = 0
     for path, file in zip(paths, files, strict=True):
         row = 0
         with reading(path, _REMEDY):
@@ -276,6 +285,6 @@ def _features(
                     value = "" if found is None else str(found)
                     where = f"row {row + i + 1}"
                     refuse_value(path, where, chosen[j], value, "remove the row")
-                parts.append(part)
-                row += len(part)
-    return np.concatenate(parts)
+                examples[done : done + len(part)] = part
+                row, done = row + len(part), done + len(part)
+    return examples
