@@ -15,7 +15,9 @@ rounds:
 
 JSON goes to standard output: seconds and CPU seconds of each, and how many times longer ``plain``
 takes (``ratio``: median, least and most over rounds). Files are in the page cache after the first
-round, which warms up and is not counted. Only ratios of one run mean anything on a shared machine.
+round, which warms up and is not counted. Only ratios of one run mean anything on a shared machine,
+and only of rounds in which it was not shared: ``others`` is the share of all cores that other
+processes used (Linux only), and ``ratio_quiet`` is of the rounds where that was below a twentieth.
 """
 
 import argparse
@@ -26,7 +28,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from PIL import Image
@@ -83,28 +85,55 @@ def measure(
             "cached": lambda: np.array(load(str(Path(place, "cache")))),
             "plain": lambda: plain(folder, shape[:2]),
         }
-        wall: dict[str, list[float]] = {name: [] for name in ways}
-        cpu: dict[str, list[float]] = {name: [] for name in ways}
-        for turn in range(repeats + 1):
-            for name, read in ways.items():
-                start, used = time.perf_counter(), time.process_time()
-                read()
-                if turn:
-                    wall[name].append(time.perf_counter() - start)
-                    cpu[name].append(time.process_time() - used)
+        rounds = [{name: _clock(read) for name, read in ways.items()} for _ in range(repeats + 1)]
+        rounds = rounds[1:]
+    quiet = [turn for turn in rounds if max(clock.others for clock in turn.values()) < 0.05]
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     return {
         "images": images,
         "megabytes": round(num_bytes / 1e6, 1),
         "shape": shape,
-        "cores": len(os.sched_getaffinity(0))
-        if hasattr(os, "sched_getaffinity")
-        else os.cpu_count(),
-        "seconds": {name: _spread(times) for name, times in wall.items()},
-        "cpu_seconds": {name: _spread(times) for name, times in cpu.items()},
-        "ratio": {
-            name: _spread([p / t for p, t in zip(wall["plain"], wall[name], strict=True)])
-            for name in ("ours", "cached")
-        },
+        "cores": cores,
+        "seconds": {name: _spread([r[name].wall for r in rounds]) for name in ways},
+        "cpu_seconds": {name: _spread([r[name].cpu for r in rounds]) for name in ways},
+        "others": {name: _spread([r[name].others for r in rounds]) for name in ways},
+        "ratio": _ratios(rounds),
+        "quiet_rounds": len(quiet),
+        "ratio_quiet": _ratios(quiet),
+    }
+
+
+class Clock(NamedTuple):
+    """Seconds, CPU seconds, and the share of all cores that others had meanwhile."""
+
+    wall: float
+    cpu: float
+    others: float
+
+
+def _clock(read: Callable[[], np.ndarray]) -> Clock:
+    start, used, busy = time.perf_counter(), time.process_time(), _busy()
+    read()
+    wall, cpu = time.perf_counter() - start, time.process_time() - used
+    others = max(0.0, _busy() - busy - cpu) / (wall * (os.cpu_count() or 1))
+    return Clock(wall, cpu, others)
+
+
+def _busy() -> float:
+    """CPU seconds that all processes of this machine have used; 0 where that is not known."""
+    stat = Path("/proc/stat")
+    if not stat.exists():
+        return 0.0
+    user, nice, system, _, _, irq, softirq, steal = map(int, stat.read_text().split()[1:9])
+    return (user + nice + system + irq + softirq + steal) / os.sysconf("SC_CLK_TCK")
+
+
+def _ratios(rounds: list[dict[str, Clock]]) -> dict[str, dict[str, float]]:
+    if not rounds:
+        return {}
+    return {
+        name: _spread([turn["plain"].wall / turn[name].wall for turn in rounds])
+        for name in ("ours", "cached")
     }
 
 

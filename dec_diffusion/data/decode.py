@@ -8,6 +8,7 @@ the work is kept small: a grey image is scaled as one channel, an alpha channel 
 is dropped first, and images are scaled down by whole numbers before they are filtered.
 """
 
+import struct
 from collections import Counter
 from collections.abc import Sequence
 from typing import BinaryIO
@@ -15,6 +16,8 @@ from typing import BinaryIO
 import numpy as np
 from PIL import Image, ImageOps
 
+_HEAD = 4096  # bytes that hold the header of most images
+_NO_EXIF = {name.encode() for name in "IHDR PLTE tRNS gAMA cHRM sRGB pHYs sBIT bKGD tIME".split()}
 LARGEST = 64  # pixels of the longer side, unless the user asks for more
 _ORIENTATION = 0x0112  # EXIF tag; from 5 on, height and width change places
 
@@ -24,12 +27,33 @@ Size = tuple[int, int]
 
 def read_size(stream: BinaryIO) -> Size:
     """Width and height in pixels, once upright; reads the header only."""
+    if size := _plain_png(stream.read(_HEAD)):
+        return size
+    stream.seek(0)
     with Image.open(stream) as image:
         width, height = image.size
         # Pillow turns TIFF by itself, and asked for EXIF that a PNG's header lacks it decodes all.
         known = image.format not in ("PNG", "TIFF") or "exif" in image.info
         turned = known and image.getexif().get(_ORIENTATION, 1) >= 5
     return (height, width) if turned else (width, height)
+
+
+def _plain_png(head: bytes) -> Size | None:
+    """The size that the first bytes of a PNG tell, unless they are of something less simple.
+
+    Twice as fast as Pillow, which reads headers one byte at a time with every other thread waiting.
+    Signature, then chunks: length, name, content, checksum; IHDR first, the pixels in IDAT.
+    """
+    if head[:8] != b"\x89PNG\r\n\x1a\n" or head[12:16] != b"IHDR":
+        return None
+    at = 8
+    while head[at + 4 : at + 8] != b"IDAT":
+        # Any text may hold EXIF in an older manner of writing it.
+        if head[at + 4 : at + 8] not in _NO_EXIF:
+            return None
+        at += 12 + int.from_bytes(head[at : at + 4], "big")
+    width, height = struct.unpack(">II", head[16:24])
+    return (width, height) if width and height else None
 
 
 def common_size(sizes: Sequence[Size], wanted: int | None) -> Size:
@@ -52,14 +76,14 @@ def common_size(sizes: Sequence[Size], wanted: int | None) -> Size:
 
 
 def read_image(stream: BinaryIO, size: Size, colour: str) -> np.ndarray:
-    """The first frame of an image as uint8 [h, w, 3] or [h, w, 1].
+    """The first frame of an image as uint8 [h, w, 3], or [h, w, 1] where it is stored as grey.
 
     Args:
       stream: its bytes. An open one, as Pillow maps the files that it opens itself, and garbles
         a TIFF that is turned so.
       size: what it gets.
-      colour: ``rgb`` for three channels, ``grey`` for one, ``auto`` for three where any pixel has
-        a colour.
+      colour: ``grey`` for one channel always, ``auto`` for one where no pixel has a colour either,
+        ``rgb`` to leave out that check.
 
     Raises:
       Exception: of any kind, where Pillow cannot decode the file.
@@ -78,7 +102,7 @@ def read_image(stream: BinaryIO, size: Size, colour: str) -> np.ndarray:
         eight_bit = _fit(eight_bit, size)
     pixels = np.asarray(eight_bit)
     if pixels.ndim == 2:
-        return np.repeat(pixels[..., None], 3, axis=2) if colour == "rgb" else pixels[..., None]
+        return pixels[..., None]
     if colour == "auto" and not (pixels != pixels[..., :1]).any():
         return pixels[..., :1]
     return pixels
@@ -108,7 +132,7 @@ def _on_white(image: Image.Image) -> Image.Image:
             raise ValueError("its pixels have more than 16 bits; save 8 or 16 bits")
         image = Image.fromarray(((values * 255 + 32767) // 65535).astype(np.uint8))
     elif image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info:
-        image = image.convert("RGBA")
+        image = image if image.mode == "RGBA" else image.convert("RGBA")
         if image.getchannel("A").getextrema() != (255, 255):
             image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
     elif image.mode == "1":

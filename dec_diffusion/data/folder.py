@@ -6,6 +6,7 @@ sticks out on two sides is cut off (``decode``). Large results are kept on disk 
 """
 
 import contextlib
+import io
 import itertools
 import os
 import time
@@ -164,17 +165,19 @@ def _decode(
     def fill(store: cache.Memory | cache.Writer) -> cache.Entry:
         if colour == "rgb":
             store.widen()
-        whole, unreadable = np.ones(len(rows), bool), list(broken)
+        readable, unreadable = np.ones(len(rows), bool), list(broken)
         show = _shown(f"reading {len(rows):,} images", len(rows), verbose)
 
         def read(stream: BinaryIO) -> np.ndarray:
-            # Once an image has a colour, it no longer matters whether others have.
-            return read_image(stream, size, "rgb" if store.channels == 3 else colour)
+            # Whole, as Pillow asks for little at a time. And once an image has a colour, it no
+            # longer matters whether others have.
+            content = io.BytesIO(stream.read())
+            return read_image(content, size, "rgb" if store.channels == 3 else colour)
 
         for i, image in enumerate(_each(read, _chosen(batches(), rows), show)):
             if isinstance(image, Broken):
                 unreadable.append(image)
-                whole[i] = False
+                readable[i] = False
             else:
                 store.add(image)
         _refuse(config, unreadable)
@@ -183,7 +186,7 @@ def _decode(
                 f"--config.data.path={config.path}: none of its {total} files is an image that can"
                 f" be read, as {unreadable[0].name}, which {unreadable[0].reason}; check the path"
             )
-        return store.finish(rows[whole], [tuple(each) for each in unreadable])
+        return store.finish(rows[readable], [tuple(each) for each in unreadable])
 
     if kept is not None and kept.wants(
         len(rows) * size[0] * size[1] * (1 + 2 * (colour != "grey"))
