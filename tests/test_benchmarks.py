@@ -65,3 +65,13 @@ def test_the_pytorch_step_is_the_same_function(throughput, capsys, network):
     assert status == 0 and result["check"]["passed"] and result["valid"]
     assert max(result["check"]["relative_errors"].values()) < 1e-4
     assert "ours_scan/torch_eager" in result["ratios"]
+
+
+def test_reading_is_compared_with_pillow(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT)
+    reading = importlib.import_module("benchmarks.reading")
+    result = reading.measure(images=12, jpeg=0.25, smallest=20, largest=40, repeats=2)
+    assert result["shape"][2] == 3 and result["images"] == 12
+    for name in ("ours", "cached"):
+        ratio = result["ratio"][name]
+        assert 0 < ratio["min"] <= ratio["median"] <= ratio["max"]

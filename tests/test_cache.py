@@ -7,14 +7,17 @@ import sys
 import time
 import zlib
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
+import jax
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, PngImagePlugin
 
-from dec_diffusion import data, train
+from dec_diffusion import data, evaluate, parallel, train
 from dec_diffusion.baselines import kmeans_on
-from dec_diffusion.data import cache, config
+from dec_diffusion.data import cache, config, decode
 from dec_diffusion.types import InputError
 
 RNG = np.random.default_rng(0)
@@ -264,3 +267,46 @@ def test_baselines_of_part_of_the_rows_label_all():
     model = KMeans(4, n_init=10, max_iter=300, random_state=0).fit(points[drawn])
     np.testing.assert_array_equal(found["labels"], model.predict(points))
     assert found["scores"]["largest_share"] == np.bincount(found["labels"]).max() / 6000
+
+
+def test_the_embedding_of_part_of_the_examples_is_that_of_these_examples():
+    x = RNG.normal(size=(50, 3)).astype(np.float32)
+    data_ = parallel.place(x, 0.0, 1.0, sweep_size=8, resident=False)
+    method: Any = SimpleNamespace(
+        predict=lambda params, cluster, batch, key: params * batch["image"],
+        embed=lambda params, cluster, batch, key: batch["image"] + 1,
+    )
+    state: Any = SimpleNamespace(ema_params=np.float32(2), cluster=())
+    whole, part = (
+        evaluate.compile_assign(method, data_, jax.random.key(0), embedded=m)(state)
+        for m in (None, 13)
+    )
+    assert whole.embedded is None and part.embedded is not None
+    np.testing.assert_array_equal(whole.embedding, x + 1)
+    np.testing.assert_array_equal(part.embedding, x[part.embedded] + 1)
+    assert len(np.unique(part.embedded)) == 13
+    for name in ("labels", "probability", "responsibilities"):
+        np.testing.assert_array_equal(getattr(part, name), getattr(whole, name))
+    truth = whole.labels
+    scores = evaluate.score(part, 3, truth)
+    assert scores["acc"] == 1.0 and scores["largest_share"] == np.bincount(truth).max() / 50
+
+
+@pytest.mark.parametrize("kind", ["L", "P", "text", "exif", "gamma"])
+def test_sizes_of_png_files_are_those_that_pillow_finds(tmp_path, kind):
+    image = Image.fromarray(GREY[0][:, :7])
+    about: dict[str, Any] = {}
+    if kind == "P":
+        image = image.convert("P")
+    elif kind == "text":
+        about["pnginfo"] = PngImagePlugin.PngInfo()
+        about["pnginfo"].add_text("Comment", "in spring")
+    elif kind == "exif":
+        about["exif"] = Image.Exif()
+        about["exif"][0x0112] = 6
+    elif kind == "gamma":
+        about["pnginfo"] = PngImagePlugin.PngInfo()
+        about["pnginfo"].add(b"gAMA", b"\0\0\xb1\x8f")
+    image.save(tmp_path / "a.png", **about)
+    with (tmp_path / "a.png").open("rb") as stream:
+        assert decode.read_size(stream) == ((12, 7) if kind == "exif" else (7, 12))

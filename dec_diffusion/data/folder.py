@@ -186,7 +186,7 @@ def _decode(
                 f"--config.data.path={config.path}: none of its {total} files is an image that can"
                 f" be read, as {unreadable[0].name}, which {unreadable[0].reason}; check the path"
             )
-        return store.finish(rows[readable], [tuple(each) for each in unreadable])
+        return store.finish(rows[readable], [(e.name, e.reason) for e in unreadable])
 
     if kept is not None and kept.wants(
         len(rows) * size[0] * size[1] * (1 + 2 * (colour != "grey"))
