@@ -225,7 +225,7 @@ def test_a_large_file_is_mapped_and_a_small_one_read(tmp_path):
 def test_a_file_larger_than_memory_is_loaded(tmp_path, run_python):
     # Blocks of a file that were never written take no room on disk.
     large = tmp_path / "large.npy"
-    images = np.lib.format.open_memmap(large, "w+", np.uint8, (300_000, 32, 32, 3))
+    images = np.lib.format.open_memmap(large, "w+", np.uint8, (100_000, 32, 32, 3))
     images[:50] = RNG.integers(0, 256, (50, 32, 32, 3))
     images.flush()
     code = """
@@ -233,7 +233,7 @@ import resource, sys
 from dec_diffusion import data, train
 import numpy as np
 used = next(int(l.split()[1]) for l in open("/proc/self/status") if l.startswith("VmData")) * 1024
-limit = used + 100 * 2**20  # the file has nine times as many bytes
+limit = used + 100 * 2**20  # the file has three times as many bytes
 resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
 d = data.load(data.DataConfig(name="array", path=sys.argv[1]))
 data.check_clusters(d, 10, 128)
@@ -244,7 +244,7 @@ except MemoryError:
     print("limited")
 """
     said = run_python(code, large).stdout.split()
-    assert said[:2] == ["300000", "127.5"] and said[3] == "limited"
+    assert said[:2] == ["100000", "127.5"] and said[3] == "limited"
 
 
 def test_the_checksum_of_parts_is_that_of_the_whole():
