@@ -14,7 +14,7 @@ import jax
 import numpy as np
 
 from dec_diffusion import config as configs
-from dec_diffusion import data, evaluate, report, results, seeds, train, workdir
+from dec_diffusion import data, report, results, seeds, train, workdir
 from dec_diffusion.config import Config
 from dec_diffusion.data import DataConfig, Dataset
 from dec_diffusion.train import Run
@@ -203,7 +203,7 @@ def _span(offset: Any, scale: Any) -> str:
 def _evaluate(trained: Run, place: Workdir, home: Workdir, started: float, verbose: int) -> str:
     dataset = _dataset(trained, verbose)
     known = results.read_prototypes(home)
-    assignment = train.assign(trained, dataset, embedded=evaluate.EMBEDDED)
+    assignment = train.assign(trained, dataset)
     _make(place.path)
     summary = results.write(
         trained,
@@ -220,7 +220,7 @@ def _evaluate(trained: Run, place: Workdir, home: Workdir, started: float, verbo
 def _predict(trained: Run, place: Workdir, home: Workdir, verbose: int) -> str:
     dataset = _dataset(trained, verbose)
     known = results.read_prototypes(home)
-    assignment = train.assign(trained, dataset, embedded=evaluate.EMBEDDED)
+    assignment = train.assign(trained, dataset)
     _make(place.path)
     results.write_assignments(dataset, assignment, place, known)
     return f"{dataset.num_examples:,} examples assigned: {place.path / workdir.ASSIGNMENTS}"

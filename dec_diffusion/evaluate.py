@@ -10,16 +10,12 @@ from scipy.special import entr
 from dec_diffusion import metrics, parallel
 from dec_diffusion.baselines import baselines, kmeans_on
 from dec_diffusion.data import Dataset
-from dec_diffusion.data.dataset import choose_rows
 from dec_diffusion.engine import TrainState
 from dec_diffusion.method import Method
 from dec_diffusion.types import PRNGKeyArray
 
 _BASELINE_ROWS = 100_000
 """Baselines are fitted on at most so many examples; all are assigned and scored."""
-
-EMBEDDED = 100_000
-"""Of how many examples a run of the command line keeps the embedding, so that memory is bounded."""
 
 _CHUNK = 65_536
 
@@ -31,19 +27,13 @@ class Assignment(NamedTuple):
         labels: int32 [n], the most probable cluster.
         probability: float32 [n], its probability.
         responsibilities: float32 [n, k], rows sum to one.
-        embedding: float32 [m, d], the space clustered in.
-        embedded: int64 [m], increasing, the examples that the embedding is of; None for all.
+        embedding: float32 [n, d], the space clustered in.
     """
 
     labels: np.ndarray
     probability: np.ndarray
     responsibilities: np.ndarray
     embedding: np.ndarray
-    embedded: np.ndarray | None = None
-
-    def of_embedded(self, values: np.ndarray) -> np.ndarray:
-        """Of values [n, ...] those that belong to the embedding, [m, ...]."""
-        return values if self.embedded is None else values[self.embedded]
 
     @property
     def entropy(self) -> np.ndarray:
@@ -54,40 +44,19 @@ class Assignment(NamedTuple):
 Assign = Callable[[TrainState], Assignment]
 
 
-def compile_assign(
-    method: Method, data: parallel.Data, key: PRNGKeyArray, *, embedded: int | None = None
-) -> Assign:
-    """A function from a state to the assignment of every example, by the averaged weights.
-
-    Args:
-        method: whose ``predict`` and ``embed`` are swept over the data.
-        data: the examples.
-        key: for methods that draw.
-        embedded: of how many examples, drawn once, the embedding is kept; None for all.
-    """
-    num_examples = len(data.raw)
-    if embedded is None or num_examples <= embedded:
-        kept, both = None, parallel.compile_sweep(_both(method.predict, method.embed), data)
-    else:
-        kept = choose_rows(num_examples, embedded)
-        size = data.rows.shape[1]
-        order = np.full((-(-embedded // size), size), -1, data.rows.dtype)
-        order.flat[:embedded] = kept
-        predict = parallel.compile_sweep(method.predict, data)
-        embed = parallel.compile_sweep(method.embed, data._replace(rows=order))
-
-        def both(*args: Any) -> tuple[np.ndarray, np.ndarray]:
-            return predict(*args), embed(*args)[:embedded]
+def compile_assign(method: Method, data: parallel.Data, key: PRNGKeyArray) -> Assign:
+    """A function from a state to the assignment of every example, by the averaged weights."""
+    sweep = parallel.compile_sweep(_both(method.predict, method.embed), data)
 
     def assign(state: TrainState) -> Assignment:
-        log_resp, embedding = both(state.ema_params, state.cluster, key)
+        log_resp, embedding = sweep(state.ema_params, state.cluster, key)
         labels = log_resp.argmax(1).astype(np.int32)
         resp = np.empty(log_resp.shape, np.float32)
-        for start in range(0, num_examples, _CHUNK):
+        for start in range(0, len(resp), _CHUNK):
             part = np.exp(log_resp[start : start + _CHUNK].astype(np.float64))
             resp[start : start + _CHUNK] = part / part.sum(1, keepdims=True)
         probability = np.take_along_axis(resp, labels[:, None], 1)[:, 0]
-        return Assignment(labels, probability, resp, embedding, kept)
+        return Assignment(labels, probability, resp, embedding)
 
     return assign
 
@@ -100,17 +69,15 @@ def _both(predict: Callable[..., Any], embed: Callable[..., Any]) -> Callable[..
 
 def score(assignment: Assignment, num_clusters: int, truth: np.ndarray | None) -> dict[str, float]:
     """Label-free scores of an assignment, and ``acc``, ``nmi``, ``ari``... where labels exist."""
-    scores = score_labels(assignment, assignment.labels, num_clusters, truth)
+    scores = score_labels(assignment.embedding, assignment.labels, num_clusters, truth)
     return scores | {"mean_probability": float(assignment.probability.mean())}
 
 
 def score_labels(
-    assignment: Assignment, labels: np.ndarray, num_clusters: int, truth: np.ndarray | None
+    x: np.ndarray, labels: np.ndarray, num_clusters: int, truth: np.ndarray | None
 ) -> dict[str, float]:
-    """Label-free scores of labels [n] in the embedding, and others where labels exist."""
-    embedded = assignment.of_embedded(labels)
-    scores = metrics.internal_scores(assignment.embedding, embedded, num_clusters=num_clusters)
-    scores |= metrics.occupancy(labels, num_clusters=num_clusters)
+    """Label-free scores of labels [n] on features [n, d], and others where labels exist."""
+    scores = metrics.internal_scores(x, labels, num_clusters=num_clusters)
     return scores if truth is None else scores | metrics.external_scores(truth, labels)
 
 
@@ -125,7 +92,7 @@ def compare(
     found["kmeans_latents"] = kmeans_on(
         assignment.embedding,
         num_clusters,
-        None if truth is None else assignment.of_embedded(truth),
+        truth,
         seed=seed,
         limit=_BASELINE_ROWS,
     )

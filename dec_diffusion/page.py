@@ -127,8 +127,6 @@ def write(
     target = path if hasattr(path, "write_bytes") else Path(path)
     if layout is None:
         layout = report.lay_out(assignment.embedding, seed=seed)
-        if assignment.embedded is not None:
-            layout = layout._replace(rows=assignment.embedded[layout.rows])
     pictures = {
         name: (target.parent / name).read_bytes()
         for name in ("curves.png", "search.png", "confusion.png")

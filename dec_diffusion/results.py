@@ -91,7 +91,9 @@ def write(
     if training and run.method.findings is not None:
         found = run.method.findings(run.state.cluster)
         summary["baselines"] = {
-            name: {"scores": evaluate.score_labels(assignment, labels, num_clusters, truth)}
+            name: {
+                "scores": evaluate.score_labels(assignment.embedding, labels, num_clusters, truth)
+            }
             for name, labels in found.partitions.items()
         } | summary["baselines"]
         summary["search"] = _search(run, found, truth, place)
@@ -301,11 +303,9 @@ def _pictures(
     layout = report.latent_map(
         folder / "latents.png",
         assignment.embedding,
-        assignment.of_embedded(assignment.labels),
-        labels_true=None if dataset.labels is None else assignment.of_embedded(dataset.labels),
+        assignment.labels,
+        labels_true=dataset.labels,
     )
-    if assignment.embedded is not None:
-        layout = layout._replace(rows=assignment.embedded[layout.rows])
     if records:
         report.curves(folder / "curves.png", records)
     if dataset.labels is not None:

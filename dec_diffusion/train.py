@@ -111,9 +111,7 @@ def fit(
     if path is not None:
         place = workdir.open_workdir(path, configs.to_dict(config), ignore=configs.RESUMABLE)
     data = prepare(dataset, config)
-    # Who asks for no workdir has the data in memory, and wants to transform them.
-    embedded = None if path is None else evaluate.EMBEDDED
-    assign = evaluate.compile_assign(method, data, _key(config), embedded=embedded)
+    assign = evaluate.compile_assign(method, data, _key(config))
     with (
         loggers.start(logger, None if isinstance(place, workdir.Memory) else place.path) as log,
         place.checkpoints(keep=config.train.keep_checkpoints) as checkpoints,
@@ -222,18 +220,15 @@ def prepare(dataset: Dataset, config: Config) -> parallel.Data:
     )
 
 
-def assign(run: Run, dataset: Dataset, *, embedded: int | None = None) -> evaluate.Assignment:
+def assign(run: Run, dataset: Dataset) -> evaluate.Assignment:
     """Assign the examples of a data set, new or not, under the scaling of the training data.
-
-    ``embedded`` is as for ``evaluate.compile_assign``.
 
     Raises:
         InputError: its examples have another shape than those of the run.
     """
     dataset = rescaled(run, dataset)
     data = prepare(dataset, run.config)
-    key = _key(run.config)
-    return evaluate.compile_assign(run.method, data, key, embedded=embedded)(run.state)
+    return evaluate.compile_assign(run.method, data, _key(run.config))(run.state)
 
 
 def rescaled(run: Run, dataset: Dataset) -> Dataset:

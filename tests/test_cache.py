@@ -7,15 +7,13 @@ import sys
 import time
 import zlib
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
-import jax
 import numpy as np
 import pytest
 from PIL import Image, PngImagePlugin
 
-from dec_diffusion import data, evaluate, parallel, train
+from dec_diffusion import data, train
 from dec_diffusion.baselines import kmeans_on
 from dec_diffusion.data import cache, config, decode
 from dec_diffusion.types import InputError
@@ -267,29 +265,6 @@ def test_baselines_of_part_of_the_rows_label_all():
     model = KMeans(4, n_init=10, max_iter=300, random_state=0).fit(points[drawn])
     np.testing.assert_array_equal(found["labels"], model.predict(points))
     assert found["scores"]["largest_share"] == np.bincount(found["labels"]).max() / 6000
-
-
-def test_the_embedding_of_part_of_the_examples_is_that_of_these_examples():
-    x = RNG.normal(size=(50, 3)).astype(np.float32)
-    data_ = parallel.place(x, 0.0, 1.0, sweep_size=8, resident=False)
-    method: Any = SimpleNamespace(
-        predict=lambda params, cluster, batch, key: params * batch["image"],
-        embed=lambda params, cluster, batch, key: batch["image"] + 1,
-    )
-    state: Any = SimpleNamespace(ema_params=np.float32(2), cluster=())
-    whole, part = (
-        evaluate.compile_assign(method, data_, jax.random.key(0), embedded=m)(state)
-        for m in (None, 13)
-    )
-    assert whole.embedded is None and part.embedded is not None
-    np.testing.assert_array_equal(whole.embedding, x + 1)
-    np.testing.assert_array_equal(part.embedding, x[part.embedded] + 1)
-    assert len(np.unique(part.embedded)) == 13
-    for name in ("labels", "probability", "responsibilities"):
-        np.testing.assert_array_equal(getattr(part, name), getattr(whole, name))
-    truth = whole.labels
-    scores = evaluate.score(part, 3, truth)
-    assert scores["acc"] == 1.0 and scores["largest_share"] == np.bincount(truth).max() / 50
 
 
 @pytest.mark.parametrize("kind", ["L", "P", "text", "exif", "gamma"])

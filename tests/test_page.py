@@ -86,7 +86,7 @@ def summary_of(dataset: Dataset, a: Assignment, k: int, name: str = "my run") ->
     """What a run would say of an assignment, with baselines that cost nothing."""
     scores = evaluate.score(a, k, dataset.labels)
     by_chance = np.random.default_rng(1).integers(0, k, len(a.labels))
-    other = evaluate.score_labels(a, by_chance, k, dataset.labels)
+    other = evaluate.score_labels(a.embedding, by_chance, k, dataset.labels)
     rows = metrics.cluster_report(a.labels, a.probability, dataset.labels, num_clusters=k)
     return {
         "name": name,
