@@ -173,6 +173,7 @@ def _broken(file: Path, error: Exception) -> InputError:
 
 def _with_settings(trained: Run, config: Config, path: str) -> Run:
     """The run with the sampler's settings of ``config``; nothing else of its method may differ."""
+    config = configs.resolved(config, trained.config.method.num_clusters)
     saved, asked = (configs.flatten(c.method) for c in (trained.config, config))
     changed = [k for k in saved if saved[k] != asked.get(k) and not k.startswith("sample_")]
     if changed or type(config.method) is not type(trained.config.method):

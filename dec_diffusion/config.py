@@ -6,17 +6,17 @@ import importlib
 import math
 import numbers
 import types
-from typing import Any, Literal, Protocol, Union, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Literal, Protocol, Union, get_args, get_origin, get_type_hints
 
 from dec_diffusion.data import DataConfig
 from dec_diffusion.method import DataSpec, Method
-from dec_diffusion.types import InputError
+from dec_diffusion.types import AUTO, Count, InputError
 
 
 class MethodConfig(Protocol):
     """The settings of a method: a dataclass in ``dec_diffusion.methods`` that can build it."""
 
-    num_clusters: int
+    num_clusters: Count
 
     def build(self, spec: DataSpec) -> Method:
         """Make the method for data of this shape and size; raises InputError on bad settings."""
@@ -139,6 +139,13 @@ def override(config: Config, name: str, text: str | None) -> Config:
     return _replace(config, name.split("."), value)
 
 
+def resolved(config: Config, num_clusters: int) -> Config:
+    """The config with this number of clusters if it leaves them to be chosen, else as it is."""
+    if config.method.num_clusters != AUTO:
+        return config
+    return _replace(config, ["method", "num_clusters"], num_clusters)
+
+
 def to_dict(config: Config) -> dict[str, Any]:
     """Nested dictionaries of plain values, with the method's module beside its settings."""
     plain = dataclasses.asdict(config)
@@ -200,7 +207,7 @@ def _suggest(name: str, known: list[str]) -> str:
 
 def _hints(config: Any, prefix: str = "") -> dict[str, Any]:
     """The type of every field that ``flatten`` gives."""
-    hints, own = {}, get_type_hints(type(config))
+    hints, own = {}, get_type_hints(type(config), include_extras=True)
     for field in dataclasses.fields(config):
         name, value = prefix + field.name, getattr(config, field.name)
         if dataclasses.is_dataclass(value):
@@ -218,6 +225,8 @@ def _optional(hint: Any) -> Any:
 
 
 def _fits(value: Any, hint: Any) -> bool:
+    if get_origin(hint) is Annotated:
+        return value == AUTO or _fits(value, get_args(hint)[0])
     if inner := _optional(hint):
         return value is None or _fits(value, inner)
     if get_origin(hint) is Literal:
@@ -232,6 +241,8 @@ def _fits(value: Any, hint: Any) -> bool:
 
 def _from_text(text: str, hint: Any) -> Any:
     """The value that a text means; raises ValueError if it has none of this type."""
+    if get_origin(hint) is Annotated:
+        return AUTO if text.lower() == AUTO else _from_text(text, get_args(hint)[0])
     if inner := _optional(hint):
         return None if text.lower() == "none" else _from_text(text, inner)
     if get_origin(hint) is tuple:
@@ -244,6 +255,8 @@ def _from_text(text: str, hint: Any) -> Any:
 
 
 def _expected(hint: Any) -> str:
+    if get_origin(hint) is Annotated:
+        return f"{_expected(get_args(hint)[0])}, or {AUTO}"
     if inner := _optional(hint):
         return f"{_expected(inner)}, or none"
     if get_origin(hint) is Literal:

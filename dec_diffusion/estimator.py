@@ -17,7 +17,7 @@ import os
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, ClassVar, NamedTuple, Self, cast
+from typing import Any, ClassVar, Literal, NamedTuple, Self, cast
 
 import jax
 import jax.numpy as jnp
@@ -67,6 +67,7 @@ class _Estimator(ClassNamePrefixFeaturesOutMixin, TransformerMixin, ClusterMixin
 
     labels_: np.ndarray
     cluster_centers_: np.ndarray
+    n_clusters_: int
     n_features_in_: int
     n_iter_: int
     converged_: bool
@@ -77,7 +78,7 @@ class _Estimator(ClassNamePrefixFeaturesOutMixin, TransformerMixin, ClusterMixin
 
     def __init__(
         self,
-        n_clusters: int = 10,
+        n_clusters: int | Literal["auto"] = 10,
         *,
         settings: Mapping[str, Any] | None = None,
         batch_size: int | None = None,
@@ -120,7 +121,7 @@ class _Estimator(ClassNamePrefixFeaturesOutMixin, TransformerMixin, ClusterMixin
         self._assigned = results.assigned(result.assignment, self._prototypes)
         self.cluster_centers_ = self._centers(result.run, result.assignment)
         if self.verbose > 1:
-            sizes = np.bincount(self.labels_, minlength=self.n_clusters)
+            sizes = np.bincount(self.labels_, minlength=self.n_clusters_)
             print(f"cluster sizes: {', '.join(map(str, sizes))}")
         if self.workdir is not None:
             self._write_centers(Workdir(Path(self.workdir).expanduser().absolute()))
@@ -169,6 +170,7 @@ class _Estimator(ClassNamePrefixFeaturesOutMixin, TransformerMixin, ClusterMixin
         params = run.state.ema_params
         state = dataclasses.replace(run.state, params=params, opt_state=())
         self._run = run._replace(state=state)
+        self.n_clusters_ = run.config.method.num_clusters
         self.n_features_in_ = math.prod(run.spec.shape)
         self.n_iter_ = len(history)
         self.history_ = history
@@ -370,7 +372,7 @@ class ClusterDDPM(_Estimator):
     ``mnist_cpu``, which is small enough for a CPU.
 
     Args:
-        n_clusters: K.
+        n_clusters: K, or "auto": `dec_diffusion.num_clusters` chooses it before training.
         settings: fields of ``dec_diffusion.methods.clusterddpm.ClusterDDPM`` and their values.
         batch_size: examples per gradient step, n at most; None for that of the variant.
         random_state: an int is the seed of the command line; a ``RandomState`` (None is NumPy's
@@ -382,6 +384,7 @@ class ClusterDDPM(_Estimator):
     Attributes:
         labels_: int32 [n], the cluster of each example.
         cluster_centers_: [k, latent], the means of the mixture, in the space of ``transform``.
+        n_clusters_: K, also where it was chosen.
         n_features_in_: numbers in one example.
         n_iter_: iterations of all phases.
         converged_: whether the last iteration changed the log-likelihood of the latents by less
@@ -419,7 +422,7 @@ class NeuralMixture(_Estimator):
     those of ``digits`` and larger ones those of ``mnist``.
 
     Args:
-        n_clusters: K.
+        n_clusters: K, or "auto": `dec_diffusion.num_clusters` chooses it before training.
         settings: fields of ``dec_diffusion.methods.neural_mixture.NeuralMixture`` and their values.
         batch_size: examples per gradient step, n at most; None for that of the variant.
         random_state: as in ``ClusterDDPM``.
@@ -431,6 +434,7 @@ class NeuralMixture(_Estimator):
         cluster_centers_: [k, hidden], the mean features of each cluster's members, NaN where there
             are none, in the space of ``transform``; not there after loading a run of the command
             line, which does not keep them.
+        n_clusters_: K, also where it was chosen.
         n_features_in_: numbers in one example.
         n_iter_: iterations.
         converged_: whether the last iteration changed the information that the head which
@@ -500,7 +504,7 @@ class DiEC(_Estimator):
     images of up to 16 x 16 those of ``digits`` and larger ones those of ``images``.
 
     Args:
-        n_clusters: K.
+        n_clusters: K, or "auto": `dec_diffusion.num_clusters` chooses it before training.
         settings: fields of ``dec_diffusion.methods.diec.DiEC`` and their values.
         batch_size: examples per gradient step, n at most; None for that of the variant.
         random_state: as in ``ClusterDDPM``.
@@ -511,6 +515,7 @@ class DiEC(_Estimator):
         labels_: int32 [n], the cluster of each example.
         cluster_centers_: [k, dims], the centres of the Student kernels, in the space of
             ``transform``.
+        n_clusters_: K, also where it was chosen.
         n_features_in_: numbers in one example.
         n_iter_: iterations of all phases.
         converged_: whether fewer labels than the share ``tolerance`` changed in the last

@@ -11,7 +11,7 @@ from typing import Any, Literal, NamedTuple, get_args, get_origin, get_type_hint
 import numpy as np
 import optax
 
-from dec_diffusion.types import Array, Batch, InputError, Metrics, Params, PRNGKeyArray
+from dec_diffusion.types import AUTO, Array, Batch, InputError, Metrics, Params, PRNGKeyArray
 
 Cluster = Any
 """What moves in closed form: any pytree of arrays, ``()`` if nothing does."""
@@ -177,6 +177,8 @@ def check_settings(settings: Any, rules: Iterable[Rule]) -> None:
     for name, hint in get_type_hints(type(settings)).items():
         if get_origin(hint) is Literal and getattr(settings, name) not in get_args(hint):
             refuse(name, f"choose one of {', '.join(map(str, get_args(hint)))}")
+    if settings.num_clusters == AUTO:
+        refuse("num_clusters", "a method is built with a number; dec_diffusion.fit chooses one")
     for names, holds, remedy in rules:
         for name in names.split():
             if not holds(getattr(settings, name)):

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from dec_diffusion import config as configs
-from dec_diffusion import metrics, prototypes, report
+from dec_diffusion import metrics, num_clusters, prototypes, report
 from dec_diffusion.config import Config
 from dec_diffusion.data import Dataset
 from dec_diffusion.data.dataset import few_rows
@@ -114,7 +114,8 @@ def write(
     """Write the page.
 
     Args:
-        path: the file; ``curves.png``, ``search.png`` and ``confusion.png`` beside it are shown.
+        path: the file; ``curves.png``, ``search.png``, ``confusion.png`` and ``num_clusters.png``
+            beside it are shown.
         summary: of the run, what ``summary.json`` holds.
         dataset: what was clustered, under the scaling of the run.
         assignment: of that data set.
@@ -129,7 +130,7 @@ def write(
         layout = report.lay_out(assignment.embedding, seed=seed)
     pictures = {
         name: (target.parent / name).read_bytes()
-        for name in ("curves.png", "search.png", "confusion.png")
+        for name in ("curves.png", "search.png", "confusion.png", "num_clusters.png")
         if (target.parent / name).exists()
     }
     page = build(
@@ -165,6 +166,9 @@ def build(
         "Clusters": _cards(summary, dataset, assignment, samples),
         "Map": _map(dataset, assignment, layout),
     }
+    if "num_clusters" in summary and "num_clusters.png" in pictures:
+        chosen = _choice(summary["num_clusters"], pictures["num_clusters.png"])
+        sections["Number of clusters"] = chosen
     if dataset.labels is not None:
         picture = pictures.get("confusion.png")
         sections["Classes by cluster"] = _confusion(dataset.labels, assignment.labels, picture)
@@ -564,6 +568,12 @@ def _confusion(classes: np.ndarray, clusters: np.ndarray, picture: bytes | None)
     ]
     head = tag("thead", tag("tr", tag("td"), *heads))
     return [said, _scroll(tag("table", head, tag("tbody", *body), class_="numbers heat"))]
+
+
+def _choice(choice: Mapping[str, Any], picture: bytes) -> list[Html]:
+    alt = "How far apart the closest two groups are, for every number of clusters; one is chosen"
+    words = num_clusters.describe(choice)
+    return [tag("p", words[0].upper() + words[1:]), *_picture(picture, alt)]
 
 
 def _search(chosen: Mapping[str, Any], picture: bytes) -> list[Html]:

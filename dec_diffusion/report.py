@@ -856,6 +856,36 @@ def search_map(
     _save(figure, path, dpi=110)
 
 
+def choice_of_clusters(path: Any, choice: Mapping[str, Any]) -> None:
+    """How deep the shallowest valley between two groups is, for every number of groups.
+
+    Args:
+        path: PNG file to write.
+        choice: the fields of a ``num_clusters.Choice``.
+    """
+    from matplotlib.ticker import MaxNLocator
+
+    figure = _figure(7.5, 3.4)
+    ax = figure.add_axes((0.09, 0.16, 0.88, 0.7))
+    clusters, valleys = choice["clusters"], choice["valleys"]
+    ax.axhline(choice["threshold"], color=_FAINT, lw=0.9, ls=(0, (4, 3)))
+    ax.plot(clusters, valleys, color=cluster_colour(0), lw=1.4, marker="o", ms=4)
+    chosen = choice["chosen"]
+    if chosen in clusters:
+        at = valleys[clusters.index(chosen)]
+        ax.plot([chosen], [at], marker="o", ms=11, mfc="none", mec="#e4572e", mew=1.8)
+    ax.set_ylim(-0.03, 1.05)
+    ax.xaxis.set_major_locator(MaxNLocator(integer=True))
+    ax.set_xlabel("groups", fontsize=9.5, color=_INK)
+    ax.set_ylabel("shallowest valley / peak", fontsize=9.5, color=_INK)
+    ax.tick_params(labelsize=8.5, labelcolor=_INK, color=_RULE)
+    for side, spine in ax.spines.items():
+        spine.set_visible(side in ("left", "bottom"))
+        spine.set_color(_RULE)
+    _head(figure, f"Number of clusters   ·   chosen {chosen}", 0.68, 0.25)
+    _save(figure, path, dpi=110)
+
+
 def _rectangle(*args: Any, **kwargs: Any) -> Any:
     from matplotlib.patches import Rectangle
 

@@ -1,5 +1,6 @@
 """What a finished run leaves in its workdir: assignments, summary, pictures, samples."""
 
+import dataclasses
 import importlib.metadata
 import json
 import time
@@ -16,8 +17,9 @@ from dec_diffusion.data import Dataset
 from dec_diffusion.data.dataset import few_rows
 from dec_diffusion.evaluate import Assignment
 from dec_diffusion.method import Findings
+from dec_diffusion.num_clusters import CHOICE
 from dec_diffusion.prototypes import Prototypes
-from dec_diffusion.types import InputError
+from dec_diffusion.types import AUTO, InputError
 from dec_diffusion.workdir import ASSIGNMENTS, Assigned, Workdir
 
 if TYPE_CHECKING:
@@ -87,6 +89,11 @@ def write(
         "device": {"kind": jax.devices()[0].device_kind, "count": len(jax.devices())},
         "versions": _versions(),
     }
+    choice, asked = place.read_json(CHOICE) if training else None, run.config
+    if choice is not None:
+        summary["num_clusters"] = choice
+        settings = dataclasses.replace(asked.method, num_clusters=AUTO)
+        asked = dataclasses.replace(asked, method=settings)
     layout, samples = _pictures(run, dataset, assignment, place, records)
     if training and run.method.findings is not None:
         found = run.method.findings(run.state.cluster)
@@ -107,7 +114,7 @@ def write(
             config=run.config,
             layout=layout,
             samples=samples,
-            command=page.command(run.config, dataset, place.path) if training else None,
+            command=page.command(asked, dataset, place.path) if training else None,
         )
     place.write_json(SUMMARY, summary)
     return summary
@@ -266,7 +273,8 @@ def describe(summary: Mapping[str, Any], folder: Path) -> str:
         note = ", the first or last timestep tried: widen the search" if found["boundary"] else ""
         lines.append(f"features of layer {found['layer']} at timestep {found['timestep']}{note}")
     clusters = summary["clusters"]
-    lines.append(f"{clusters['found']} of {clusters['asked']} clusters have members")
+    how = ", chosen without labels (num_clusters.png)" if "num_clusters" in summary else ""
+    lines.append(f"{clusters['found']} of {clusters['asked']} clusters have members{how}")
     lines.append(f"results: {folder}")
     pictures = sorted(p.name for p in folder.glob("*.png"))
     lines.append("  " + "  ".join([page.PAGE, ASSIGNMENTS, SUMMARY, *pictures]))
@@ -306,6 +314,9 @@ def _pictures(
         assignment.labels,
         labels_true=dataset.labels,
     )
+    choice = place.read_json(CHOICE)
+    if choice is not None:
+        report.choice_of_clusters(folder / "num_clusters.png", choice)
     if records:
         report.curves(folder / "curves.png", records)
     if dataset.labels is not None:

@@ -88,7 +88,8 @@ def fit_seeds(
     folder = _open(path, runs)
     given = dataset or data.load(config.data, verbose=verbose)
     if dataset is None:
-        data.check_clusters(given, config.method.num_clusters, config.train.batch_size)
+        k = configs.resolved(config, 2).method.num_clusters  # every seed may choose its own
+        data.check_clusters(given, k, config.train.batch_size)
     summaries: dict[int, dict[str, Any]] = {}
     labels: dict[int, np.ndarray] = {}
     failed: dict[int, str] = {}

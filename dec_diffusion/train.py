@@ -20,14 +20,14 @@ from jax.flatten_util import ravel_pytree
 
 from dec_diffusion import config as configs
 from dec_diffusion import data as sources
-from dec_diffusion import engine, evaluate, loggers, parallel, results, workdir
+from dec_diffusion import engine, evaluate, loggers, num_clusters, parallel, results, workdir
 from dec_diffusion.config import Config
 from dec_diffusion.data import Dataset
 from dec_diffusion.engine import TrainState
 from dec_diffusion.method import DataSpec, Method, Phase, Pretrained
 from dec_diffusion.networks import diffusers
 from dec_diffusion.progress import Progress
-from dec_diffusion.types import InputError, PRNGKeyArray
+from dec_diffusion.types import AUTO, InputError, PRNGKeyArray
 
 
 class NonFiniteLossError(FloatingPointError):
@@ -36,6 +36,14 @@ class NonFiniteLossError(FloatingPointError):
 
 class EmptyClusterWarning(UserWarning):
     """Some clusters have no members: the method found fewer groups than it was asked for."""
+
+
+class CollapseWarning(UserWarning):
+    """Nearly all examples are in one cluster."""
+
+
+_COLLAPSED = 0.9
+"""Share of the examples in one cluster above which a clustering has collapsed."""
 
 
 class Run(NamedTuple):
@@ -101,6 +109,8 @@ def fit(
     # A scan over K may begin at 1, a run of the command line has something to find.
     least = 2 if dataset is None else 1
     dataset = sources.load(config.data, verbose=verbose) if dataset is None else dataset
+    # All other settings are checked before K is chosen: any K that the data allow will do.
+    asked, config = config, configs.resolved(config, 2)
     sources.check_clusters(
         dataset, config.method.num_clusters, config.train.batch_size, least=least
     )
@@ -109,7 +119,10 @@ def fit(
     method = build(config, spec)
     place = workdir.Memory()
     if path is not None:
-        place = workdir.open_workdir(path, configs.to_dict(config), ignore=configs.RESUMABLE)
+        place = workdir.open_workdir(path, configs.to_dict(asked), ignore=configs.RESUMABLE)
+    if asked.method.num_clusters == AUTO:
+        config = configs.resolved(asked, _choose(dataset, asked.seed, place, verbose=verbose))
+        method = build(config, spec)
     data = prepare(dataset, config)
     assign = evaluate.compile_assign(method, data, _key(config))
     with (
@@ -156,7 +169,10 @@ def load(path: str | os.PathLike[str]) -> Run:
         InputError: there is no run in ``path``, or no checkpoint, or none is intact.
     """
     config = configs.from_dict(workdir.read_config(path))
-    folder = workdir.locate(path) / workdir.CHECKPOINTS
+    place = workdir.Workdir(workdir.locate(path))
+    if config.method.num_clusters == AUTO:
+        config = configs.resolved(config, _kept(place.read_json(num_clusters.CHOICE), path))
+    folder = place.path / workdir.CHECKPOINTS
     built: dict[str, Any] = {}
 
     def template(meta: dict[str, Any]) -> Any:
@@ -325,7 +341,7 @@ def _run(
             last, fresh = settled or iteration == phase.iterations, {}
             if phase.assigns and (last or iteration % config.train.evaluate_every == 0):
                 fresh = evaluate.score(assign(state), config.method.num_clusters, dataset.labels)
-                _warn_of_empty(fresh, config.method.num_clusters, step)
+                _warn_of_sizes(fresh, config.method.num_clusters, step)
                 scores = fresh
             rate = phase.steps * batch_size / seconds
             record = {k: float(np.mean(v)) for k, v in metrics.items()} | fresh
@@ -454,8 +470,15 @@ def _all_finite(tree: Any) -> jax.Array:
     return jax.numpy.isfinite(ravel_pytree(tree)[0]).all()
 
 
-def _warn_of_empty(scores: dict[str, float], num_clusters: int, step: int) -> None:
-    found = int(scores["clusters_nonempty"])
+def _warn_of_sizes(scores: dict[str, float], num_clusters: int, step: int) -> None:
+    found, largest = int(scores["clusters_nonempty"]), scores["largest_share"]
+    if num_clusters > 1 and largest > _COLLAPSED:
+        warnings.warn(
+            f"step {step}: one of {num_clusters} clusters holds {largest:.0%} of the examples; if "
+            "it stays so, try another --config.seed, or look for extreme examples in the data",
+            CollapseWarning,
+            stacklevel=2,
+        )
     if found < num_clusters:
         warnings.warn(
             f"step {step}: {num_clusters - found} of {num_clusters} clusters are empty; if they "
@@ -463,6 +486,35 @@ def _warn_of_empty(scores: dict[str, float], num_clusters: int, step: int) -> No
             EmptyClusterWarning,
             stacklevel=2,
         )
+
+
+def _choose(
+    dataset: Dataset, seed: int, place: workdir.Workdir | workdir.Memory, *, verbose: int
+) -> int:
+    """The number of clusters that the workdir holds, or a choice that is then kept there."""
+    kept = place.read_json(num_clusters.CHOICE)
+    if kept is not None:
+        return _kept(kept, place.path)
+    if verbose:
+        print("choosing the number of clusters ...", flush=True)
+    choice = num_clusters.choose(
+        dataset.examples, offset=dataset.offset, scale=dataset.scale, seed=seed
+    )
+    place.write_json(num_clusters.CHOICE, choice._asdict())
+    if verbose:
+        print(num_clusters.describe(choice), flush=True)
+    return choice.chosen
+
+
+def _kept(choice: Any, path: Any) -> int:
+    """The number of clusters in a file; raises InputError where there is none."""
+    try:
+        return int(choice["chosen"])
+    except (KeyError, TypeError, ValueError):
+        raise InputError(
+            f"--workdir={path}: its run has not chosen its number of clusters yet, or "
+            f"{num_clusters.CHOICE} is damaged; remove it and give the command of the run again"
+        ) from None
 
 
 def _opening(

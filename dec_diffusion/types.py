@@ -7,7 +7,7 @@ Axis letters used in shape annotations throughout the package: ``b`` batch, ``n`
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any, TypeVar, dataclass_transform
+from typing import Annotated, Any, TypeVar, dataclass_transform
 
 import jax
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, Shaped
@@ -22,6 +22,10 @@ A batch never carries labels."""
 
 Metrics = Mapping[str, Array]
 """Scalars worth logging, by name."""
+
+AUTO = "auto"
+Count = Annotated[int, AUTO]
+"""A whole number, or the word ``auto`` in the settings of a run that has yet to choose it."""
 
 _T = TypeVar("_T")
 
@@ -56,9 +60,11 @@ def static(**kwargs: Any) -> Any:
 
 
 __all__ = [
+    "AUTO",
     "Array",
     "Batch",
     "Bool",
+    "Count",
     "Float",
     "InputError",
     "Int",

@@ -253,6 +253,12 @@ class Memory:
     def checkpoints(self, *, keep: int = 3) -> "NoCheckpoints":
         return NoCheckpoints()
 
+    def write_json(self, name: str, obj: Any) -> None:
+        pass
+
+    def read_json(self, name: str) -> None:
+        return None
+
     def append_metrics(self, record: Mapping[str, Any]) -> None:
         self._metrics.append(_plain(record))
 

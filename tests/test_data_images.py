@@ -495,6 +495,7 @@ def test_bad_folders(tmp_path, make, options, expected):
 
 
 @pytest.mark.filterwarnings("ignore::dec_diffusion.train.EmptyClusterWarning")
+@pytest.mark.filterwarnings("ignore::dec_diffusion.train.CollapseWarning")
 def test_a_folder_of_images_is_clustered_from_the_command_line(capfd, tmp_path):
     place, workdir = tmp_path / "shots", tmp_path / "run"
     for i in range(40):

@@ -689,6 +689,7 @@ def test_labels_have_no_name_where_training_happens(module):
 
 @every_method
 @pytest.mark.filterwarnings("ignore::dec_diffusion.train.EmptyClusterWarning")
+@pytest.mark.filterwarnings("ignore::dec_diffusion.train.CollapseWarning")
 def test_labels_change_no_weight_and_no_assignment(name, tmp_path):
     examples, truth = images()
     examples = examples.reshape(N, -1).astype(np.float32)  # vectors, whose networks compile fast

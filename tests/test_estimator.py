@@ -82,7 +82,10 @@ ARRAYS = {
     "colour": _RNG.integers(0, 256, (40, 6, 5, 3), np.uint8),
 }
 
-pytestmark = pytest.mark.filterwarnings("ignore::dec_diffusion.train.EmptyClusterWarning")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::dec_diffusion.train.CollapseWarning"),
+    pytest.mark.filterwarnings("ignore::dec_diffusion.train.EmptyClusterWarning"),
+]
 
 
 def tiny(kind: type[_Estimator], **parameters: Any) -> Any:

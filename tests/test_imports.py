@@ -106,9 +106,9 @@ def test_leaves_need_only_jax_and_each_other(module):
     assert {name for name in own(names) if not within(name, LEAVES)} == set()
 
 
-@pytest.mark.skipif("metrics" not in FILES, reason="metrics are not there")
-def test_metrics_need_no_jax():
-    names = imports(FILES["metrics"], "metrics")
+@pytest.mark.parametrize("module", ["metrics", "num_clusters"])
+def test_some_need_no_jax(module):
+    names = imports(FILES[module], module)
     assert others(names) <= {"numpy", "scipy", "sklearn"}
     assert {name for name in own(names) if not within(name, {"types"})} == set()
 

@@ -267,6 +267,13 @@ def test_empty_clusters_are_warned_of(blobs, tmp_path):
     assert result.summary["clusters"]["found"] == 2
 
 
+def test_collapse_is_warned_of_with_its_remedy(blobs, tmp_path):
+    config = make(tmp_path, *blobs, lonely=True, num_clusters=2, train={"evaluate_every": 100})
+    words = "step 18: one of 2 clusters holds 100% of the examples; .*--config.seed"
+    with pytest.warns(train.EmptyClusterWarning), pytest.warns(train.CollapseWarning, match=words):
+        train.fit(config, tmp_path / "run", verbose=0)
+
+
 def test_bad_settings_leave_no_workdir(blobs, tmp_path):
     for change in ({"batch_size": 61}, {"batch_size": 0}):
         with pytest.raises(InputError, match="batch_size"):

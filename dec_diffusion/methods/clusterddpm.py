@@ -33,7 +33,16 @@ from dec_diffusion.gmm import Mixture
 from dec_diffusion.method import DataSpec, EStage, Method, Phase, Rule, check_settings
 from dec_diffusion.networks import Network, clusterddpm_networks
 from dec_diffusion.schedule import Prediction, Schedule
-from dec_diffusion.types import Array, Batch, Float, InputError, Metrics, Params, PRNGKeyArray
+from dec_diffusion.types import (
+    Array,
+    Batch,
+    Count,
+    Float,
+    InputError,
+    Metrics,
+    Params,
+    PRNGKeyArray,
+)
 
 
 @dataclasses.dataclass
@@ -41,7 +50,7 @@ class ClusterDDPM:
     """Settings of ClusterDDPM.
 
     Attributes:
-        num_clusters: K.
+        num_clusters: K, or auto: `dec_diffusion.num_clusters` chooses it before training.
         latent: dimensions of z.
         network: ``unet`` (conditioned at every level) or ``official`` (the paper's code); vectors
             always take a multilayer perceptron.
@@ -95,7 +104,7 @@ class ClusterDDPM:
         sample_temperature: of the draw of z.
     """
 
-    num_clusters: int = 10
+    num_clusters: Count = 10
     latent: int = 10
     network: Literal["unet", "official"] = "unet"
     width: int = 16

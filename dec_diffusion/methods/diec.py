@@ -48,6 +48,7 @@ from dec_diffusion.search import Cell, Projection
 from dec_diffusion.types import (
     Array,
     Batch,
+    Count,
     Float,
     InputError,
     Int,
@@ -65,7 +66,7 @@ class DiEC:
     """Settings of DiEC.
 
     Attributes:
-        num_clusters: K.
+        num_clusters: K, or auto: `dec_diffusion.num_clusters` chooses it before training.
         width: channels of the first level of the U-Net (hidden units for vectors).
         multipliers: channels of each level in units of ``width``.
         blocks: residual blocks per level and direction.
@@ -127,7 +128,7 @@ class DiEC:
     )
     """Settings that belong to the denoiser: those of a pretrained one must be the same."""
 
-    num_clusters: int = 10
+    num_clusters: Count = 10
     width: int = 16
     multipliers: tuple[int, ...] = (1, 2, 2)
     blocks: int = 1

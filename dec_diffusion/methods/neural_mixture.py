@@ -43,6 +43,7 @@ from dec_diffusion.networks import Network, classifier_network
 from dec_diffusion.types import (
     Array,
     Batch,
+    Count,
     Float,
     Int,
     Metrics,
@@ -60,7 +61,7 @@ class NeuralMixture:
     """Settings of neural mixture models.
 
     Attributes:
-        num_clusters: K.
+        num_clusters: K, or auto: `dec_diffusion.num_clusters` chooses it before training.
         density: ``S``, ``P`` or ``X``, equations (1) to (3).
         gain: g of equations (1) and (2).
         tau: temperature of the E-step, equation (4), at the end of training; 0 is hard EM.
@@ -94,7 +95,7 @@ class NeuralMixture:
         adam_b2: decay of Adam's second moment.
     """
 
-    num_clusters: int = 10
+    num_clusters: Count = 10
     density: Density = "P"
     gain: float = 1.0
     tau: float = 0.0
