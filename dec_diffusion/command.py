@@ -14,9 +14,12 @@ import jax
 import numpy as np
 
 from dec_diffusion import config as configs
-from dec_diffusion import data, report, results, seeds, train, workdir
+from dec_diffusion import data, distributed, report, results, seeds, train, workdir
 from dec_diffusion.config import Config
 from dec_diffusion.data import DataConfig, Dataset
+from dec_diffusion.distributed import Pod
+from dec_diffusion.evaluate import Assignment
+from dec_diffusion.interrupt import Stop
 from dec_diffusion.train import Run
 from dec_diffusion.types import InputError
 from dec_diffusion.workdir import Workdir
@@ -31,6 +34,8 @@ def run(options: "Options") -> None:
     Raises:
         InputError: anything the user can mend.
         NonFiniteLossError: training failed.
+        StoppedError: a signal stopped it.
+        LostProcessError: another process of the run is gone.
     """
     started = time.monotonic()
     verbose = 0 if options.quiet else 1
@@ -38,21 +43,50 @@ def run(options: "Options") -> None:
     config = load_config(options)
     configs.check(config)
     path = options.workdir or str(Path("runs") / config.name) + "-seeds" * bool(options.seeds)
-    if options.mode == "train":
-        if options.seeds:
-            seeds.fit_seeds(config, path, options.seeds, logger=options.logger, verbose=verbose)
+    with distributed.joined(Pod(*options.distributed), verbose=bool(verbose)):
+        asked = {"mode": options.mode, "workdir": path, "seeds": options.seeds}
+        asked |= {f"config.{name}": value for name, value in configs.flatten(config).items()}
+        distributed.check_same(asked)
+        if options.mode == "train":
+            _train(options, config, path, verbose)
         else:
-            train.fit(config, path, logger=options.logger, verbose=verbose)
-        return
+            with distributed.together("results"):
+                _use(options.mode, config, path, started, verbose)
+
+
+def _train(options: "Options", config: Config, path: str, verbose: int) -> None:
+    """Train until done, or until a signal asks to stop."""
+    stop, logger = Stop(), options.logger
+    with stop.listening():
+        if not options.seeds:
+            train.fit(config, path, logger=logger, verbose=verbose, stop=stop)
+        elif jax.process_count() > 1:
+            raise InputError(
+                "--seeds: compares runs of one process each; start one run for each seed, with "
+                "--config.seed"
+            )
+        else:
+            seeds.fit_seeds(config, path, options.seeds, logger=logger, verbose=verbose, stop=stop)
+
+
+def _use(mode: str, config: Config, path: str, started: float, verbose: int) -> None:
+    """What is done with a trained run: all processes compute, the first writes and speaks."""
+    first = distributed.is_first()
+    verbose = verbose if first else 0
     trained = _with_settings(train.load(path), config, path)
     home = Workdir(workdir.locate(path))
-    place = Workdir(home.path / options.mode)
-    if options.mode == "sample":
-        said = _sample(trained, place)
-    elif options.mode == "predict":
-        said = _predict(trained, place, home, verbose)
+    place = Workdir(home.path / mode)
+    if mode == "sample":
+        said = _sample(trained, place) if first else ""
     else:
-        said = _evaluate(trained, place, home, started, verbose)
+        dataset = _dataset(trained, verbose)
+        known = results.read_prototypes(home)
+        assignment = train.assign(trained, dataset)
+        said = ""
+        if first and mode == "predict":
+            said = _predict(dataset, assignment, place, known)
+        elif first:
+            said = _evaluate(trained, dataset, assignment, place, home, known, started)
     if verbose:
         print(said)
 
@@ -201,10 +235,15 @@ def _span(offset: Any, scale: Any) -> str:
     return f"{np.min(offset - scale):g} to {np.max(offset + scale):g}"
 
 
-def _evaluate(trained: Run, place: Workdir, home: Workdir, started: float, verbose: int) -> str:
-    dataset = _dataset(trained, verbose)
-    known = results.read_prototypes(home)
-    assignment = train.assign(trained, dataset)
+def _evaluate(
+    trained: Run,
+    dataset: Dataset,
+    assignment: Assignment,
+    place: Workdir,
+    home: Workdir,
+    known: Any,
+    started: float,
+) -> str:
     _make(place.path)
     summary = results.write(
         trained,
@@ -218,10 +257,7 @@ def _evaluate(trained: Run, place: Workdir, home: Workdir, started: float, verbo
     return results.describe(summary, place.path)
 
 
-def _predict(trained: Run, place: Workdir, home: Workdir, verbose: int) -> str:
-    dataset = _dataset(trained, verbose)
-    known = results.read_prototypes(home)
-    assignment = train.assign(trained, dataset)
+def _predict(dataset: Dataset, assignment: Assignment, place: Workdir, known: Any) -> str:
     _make(place.path)
     results.write_assignments(dataset, assignment, place, known)
     return f"{dataset.num_examples:,} examples assigned: {place.path / workdir.ASSIGNMENTS}"

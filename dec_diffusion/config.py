@@ -33,8 +33,10 @@ class TrainConfig:
         evaluate_every: iterations between evaluations (a sweep and label-free scores).
         checkpoint_every: iterations between checkpoints; one is always made at the end.
         keep_checkpoints: how many of the newest checkpoints stay on disk.
-        resident_gib: data up to this size (in GiB) are kept on the device; larger data are
-            streamed from the host, with the same result to rounding.
+        resident_gib: data up to this size (in GiB) are kept on the devices, spread over them;
+            larger data are streamed from the host, with the same result to rounding.
+        shard_params: spread large arrays of weights and of the optimiser's state over the devices
+            instead of keeping all on each: saves memory, costs traffic in every step.
     """
 
     batch_size: int = 128
@@ -43,6 +45,7 @@ class TrainConfig:
     checkpoint_every: int = 5
     keep_checkpoints: int = 2
     resident_gib: float = 2.0
+    shard_params: bool = False
 
 
 @dataclasses.dataclass
@@ -72,6 +75,7 @@ RESUMABLE = (
     "train.evaluate_every",
     "train.checkpoint_every",
     "train.keep_checkpoints",
+    "train.shard_params",
 )
 """Fields that may change when a run is resumed: they change no weight and no assignment."""
 
@@ -89,7 +93,7 @@ def check(config: Config) -> None:
     if not config.name:
         raise InputError("--config.name=: must not be empty; it names the run")
     for name, value in flatten(config.train).items():
-        least = 0 if name == "resident_gib" else 1
+        least = 0 if name in ("resident_gib", "shard_params") else 1
         if value < least:
             raise InputError(f"--config.train.{name}={value}: must be at least {least}")
     if config.pretrained and not getattr(config.method, "PRETRAINED", ()):

@@ -67,6 +67,12 @@ Fetch = Callable[[Any], Batch]
 Collected = tuple[Any, Float[Array, " n"]]
 """Features [n, ...] of an ordered sweep, and the weights of its rows."""
 
+Sweep = Callable[[EStage, Params, Any, PRNGKeyArray], Collected]
+"""Collect for a stage, from all the data in order: ``(stage, params, cluster, key)``."""
+
+Constrain = Callable[[TrainState], TrainState]
+"""The same state, kept where it belongs; what that means is no business of this module."""
+
 
 def make_batch(
     raw: Shaped[Array, "b *s"], index: Int[Array, " b"], *, offset: Array, scale: Array
@@ -109,10 +115,19 @@ def epoch_order(
     return orders.reshape(spanned * per_epoch, batch_size)[position].astype(jnp.int32)
 
 
-def sweep_order(*, batch_size: int, num_examples: int) -> Int[Array, "batches batch"]:
-    """All examples in order, in equal batches, padded with -1."""
-    batches = -(-num_examples // batch_size)
-    index = jnp.arange(batches * batch_size, dtype=jnp.int32)
+def sweep_order(
+    *, batch_size: int, num_examples: int, first: int | Array = 0, batches: int | None = None
+) -> Int[Array, "batches batch"]:
+    """All examples in order, in equal batches, padded with -1.
+
+    Args:
+        batch_size: of each.
+        num_examples: n.
+        first: the number of the batch to begin with.
+        batches: how many; as many as there are examples for if None.
+    """
+    batches = -(-num_examples // batch_size) if batches is None else batches
+    index = first * batch_size + jnp.arange(batches * batch_size, dtype=jnp.int32)
     return jnp.where(index < num_examples, index, -1).reshape(batches, batch_size)
 
 
@@ -228,7 +243,13 @@ def train_step(
 
 
 def m_step(
-    phase: Phase, state: TrainState, rows: Any, fetch: Fetch, key: PRNGKeyArray
+    phase: Phase,
+    state: TrainState,
+    rows: Any,
+    fetch: Fetch,
+    key: PRNGKeyArray,
+    *,
+    constrain: Constrain = lambda state: state,
 ) -> tuple[TrainState, Metrics]:
     """Scan ``train_step`` over rows [steps, ...].
 
@@ -237,9 +258,49 @@ def m_step(
     """
 
     def body(state: TrainState, row: Any) -> tuple[TrainState, Metrics]:
-        return train_step(phase, state, fetch(row), key)
+        state, metrics = train_step(phase, state, fetch(row), key)
+        return constrain(state), metrics
 
     return jax.lax.scan(body, state, rows)
+
+
+def iteration(
+    phase: Phase,
+    state: TrainState,
+    key: PRNGKeyArray,
+    *,
+    num_examples: int,
+    batch_size: int,
+    fetch: Fetch,
+    sweep: Sweep,
+    constrain: Constrain = lambda state: state,
+) -> tuple[TrainState, Metrics]:
+    """One EM iteration: M-step, then E-step, wherever the data are. A pure scan body.
+
+    Args:
+        phase: the phase; ``steps`` is the length of the M-step, ``refresh`` the E-step.
+        state: the state, at a multiple of ``phase.steps``.
+        key: the phase's key, the same in every iteration.
+        num_examples: n.
+        batch_size: of gradient steps.
+        fetch: from example numbers [batch_size] to a batch.
+        sweep: how the E-step collects.
+        constrain: applied to the state after every step.
+
+    Returns:
+        The state; [steps] metrics of the M-step and scalars of the E-step.
+    """
+    keys = iteration_keys(key)
+    order = epoch_order(
+        keys.order, state.step, steps=phase.steps, batch_size=batch_size, num_examples=num_examples
+    )
+    state, metrics = m_step(phase, state, order, fetch, keys.m_step, constrain=constrain)
+    if phase.refresh is None:
+        return state, metrics
+    sweep_key = jax.random.fold_in(keys.collect, state.step)
+    collected = sweep(phase.refresh, state.ema_params, state.cluster, sweep_key)
+    state, info = e_step(phase, state, collected, keys.e_step)
+    return constrain(state), {**metrics, **info}
 
 
 def em_iteration(
@@ -251,33 +312,26 @@ def em_iteration(
     batch_size: int,
     sweep_size: int,
 ) -> tuple[TrainState, Metrics]:
-    """One EM iteration on resident data: M-step, then E-step. A pure scan body.
+    """``iteration`` on data that are all in one place; ``sweep_size`` is of the E-step's batches.
 
-    Args:
-        phase: the phase; ``steps`` is the length of the M-step, ``refresh`` the E-step.
-        state: the state, at a multiple of ``phase.steps``.
-        examples: the data.
-        key: the phase's key, the same in every iteration.
-        batch_size: of gradient steps.
-        sweep_size: of the E-step's batches.
-
-    Returns:
-        The state; [steps] metrics of the M-step and scalars of the E-step.
+    The law for every other arrangement, which must give the same.
     """
     num_examples = examples.raw.shape[0]
     fetch = fetch_resident(examples)
-    keys = iteration_keys(key)
-    order = epoch_order(
-        keys.order, state.step, steps=phase.steps, batch_size=batch_size, num_examples=num_examples
+
+    def sweep(stage: EStage, params: Params, cluster: Any, key: PRNGKeyArray) -> Collected:
+        rows = sweep_order(batch_size=sweep_size, num_examples=num_examples)
+        return collect(stage, params, cluster, rows, fetch, key)
+
+    return iteration(
+        phase,
+        state,
+        key,
+        num_examples=num_examples,
+        batch_size=batch_size,
+        fetch=fetch,
+        sweep=sweep,
     )
-    state, metrics = m_step(phase, state, order, fetch, keys.m_step)
-    if phase.refresh is None:
-        return state, metrics
-    rows = sweep_order(batch_size=sweep_size, num_examples=num_examples)
-    sweep_key = jax.random.fold_in(keys.collect, state.step)
-    collected = collect(phase.refresh, state.ema_params, state.cluster, rows, fetch, sweep_key)
-    state, info = e_step(phase, state, collected, keys.e_step)
-    return state, {**metrics, **info}
 
 
 class IterationKeys(NamedTuple):

@@ -16,7 +16,7 @@ from typing import Any, Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from dec_diffusion import schedule
+from dec_diffusion import schedule, spread
 from dec_diffusion.method import DataSpec
 from dec_diffusion.networks import Network, diffusers
 from dec_diffusion.networks.layers import average_pool, pad_to_multiple
@@ -128,13 +128,20 @@ def halves(
 def in_blocks(
     function: Callable[[Array], Array], x: Float[Array, "n *s"], *, size: int = 256
 ) -> Float[Array, "... n w"]:
-    """``function`` [b, ...] -> [..., b, w] applied to blocks of examples, to bound memory."""
-    size = min(size, x.shape[0])
-    padding = -x.shape[0] % size
-    blocks = jnp.pad(x, ((0, padding), *[(0, 0)] * (x.ndim - 1)))
-    out = jax.lax.map(function, blocks.reshape(-1, size, *x.shape[1:]))
-    out = jnp.moveaxis(out, 0, -3)
-    return out.reshape(*out.shape[:-3], -1, out.shape[-1])[..., : x.shape[0], :]
+    """``function`` [b, ...] -> [..., b, w] applied to blocks of examples, to bound memory.
+
+    Examples that are spread over devices stay there.
+    """
+
+    def of_part(x: Array) -> Array:
+        m = x.shape[0]
+        b = min(size, m)
+        blocks = jnp.pad(x, ((0, -m % b), *[(0, 0)] * (x.ndim - 1)))
+        out = jax.lax.map(function, blocks.reshape(-1, b, *x.shape[1:]))
+        out = jnp.moveaxis(out, -2, 1)  # [blocks, b, ..., w]
+        return out.reshape(-1, *out.shape[2:])[:m]
+
+    return jnp.moveaxis(spread.over_rows(of_part, x), 0, -2)
 
 
 def imported(architecture: Mapping[str, Any], spec: DataSpec) -> Denoiser:

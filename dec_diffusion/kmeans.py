@@ -22,6 +22,7 @@ import math
 import jax
 import jax.numpy as jnp
 
+from dec_diffusion import spread
 from dec_diffusion.types import Array, Float, InputError, Int, PRNGKeyArray, Shaped, pytree
 
 # Accelerators multiply float32 matrices in a shorter format unless told otherwise.
@@ -89,7 +90,7 @@ def plus_plus(
         # Every point may already be a centre; padding must not be drawn even then.
         logits = jnp.where(jnp.any(logits > -jnp.inf), logits, log_weight)
         noisy = logits + jax.random.gumbel(key, (n,), x.dtype)
-        score, candidates = jax.lax.top_k(noisy, trials)
+        score, candidates = largest(noisy, trials)
         reached = jnp.minimum(closest, distances(y, y[candidates]).T)
         potential = jnp.where(score > -jnp.inf, _matmul(reached, weight), jnp.inf)
         best = jnp.argmin(potential)
@@ -204,6 +205,23 @@ def kmeans(
     )
 
 
+def largest(values: Float[Array, " n"], count: int) -> tuple[Float[Array, " c"], Int[Array, " c"]]:
+    """The ``count`` largest values, falling, and where they are, as ``lax.top_k``.
+
+    Of rows that are spread over devices, the largest of each part are all that travels.
+    """
+    if spread.parts() == 1:
+        return jax.lax.top_k(values, count)
+
+    def of_part(values: Array, row: Array) -> tuple[Array, Array]:
+        near, at = jax.lax.top_k(values, min(count, values.shape[0]))
+        return near, row[at]
+
+    near, row = spread.over_rows(of_part, values, jnp.arange(values.shape[0]))
+    value, at = jax.lax.top_k(near, count)
+    return value, row[at]
+
+
 def check_clusters(k: int, n: int) -> None:
     """Raise ``InputError`` unless 1 <= k <= n."""
     if not 1 <= k <= n:
@@ -227,7 +245,7 @@ def _fill_empty(
     local = min(k, n)
     member = jax.nn.one_hot(labels, k, axis=0, dtype=weight.dtype)
     empty = _psum(_matmul(member, weight), axis_name) <= 0
-    far, row = jax.lax.top_k(jnp.where(weight > 0, distance, -1), local)
+    far, row = largest(jnp.where(weight > 0, distance, -1), local)
     offset = 0
     if axis_name is not None:
         far = jax.lax.all_gather(far, axis_name, tiled=True)

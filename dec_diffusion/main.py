@@ -12,6 +12,8 @@ from dec_diffusion import options
 
 # Nothing here imports JAX, so that help and bad options are answered at once.
 
+STOPPED = 75  # EX_TEMPFAIL of sysexits.h: not done, try again
+
 
 def execute(argv: list[str]) -> int:
     """Carry out a command line, the program's name first.
@@ -27,14 +29,19 @@ def execute(argv: list[str]) -> int:
         print(options.usage())
         return 0
     from dec_diffusion import command
+    from dec_diffusion.distributed import LostProcessError
+    from dec_diffusion.interrupt import StoppedError
     from dec_diffusion.types import InputError
 
     try:
         print(command.describe(given)) if given.help else command.run(given)
     except InputError as error:
         return _failed(error, 2)
-    except FloatingPointError as error:
+    except (FloatingPointError, LostProcessError) as error:
         return _failed(error, 1)
+    except StoppedError as error:
+        print(_clear() + str(error), file=sys.stderr, flush=True)
+        return STOPPED
     except KeyboardInterrupt:
         return _failed("interrupted; the same command resumes from the last checkpoint", 130)
     return 0

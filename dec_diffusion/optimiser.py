@@ -1,6 +1,11 @@
 """The optimiser that the methods share."""
 
+from typing import Any
+
+import jax
 import optax
+
+_ONE_VECTOR = 2**24  # parameters; larger networks may have theirs spread over devices
 
 
 def adam(
@@ -31,5 +36,20 @@ def adam(
         falls = optax.cosine_decay_schedule(learning_rate, max(1, steps - constant), alpha=0.05)
         rate = optax.join_schedules([rate, falls], [constant])
     update = optax.adamw(rate, b2=b2, weight_decay=weight_decay)
-    # As one long vector, whose update compiles in a fraction of the time of hundreds of small ones.
-    return optax.flatten(optax.chain(optax.clip_by_global_norm(clip), update))
+    return _in_one_vector(optax.chain(optax.clip_by_global_norm(clip), update))
+
+
+def _in_one_vector(tx: optax.GradientTransformation) -> optax.GradientTransformation:
+    """``tx`` on one long vector, whose update compiles sooner than hundreds of small ones.
+
+    State of as many parameters as would fill a device keeps their shapes, and lies where they do.
+    """
+    flat = optax.flatten(tx)
+
+    def of(tree: Any) -> optax.GradientTransformation:
+        return flat if sum(x.size for x in jax.tree.leaves(tree)) <= _ONE_VECTOR else tx
+
+    def update(updates: Any, state: Any, params: Any = None) -> Any:
+        return of(updates).update(updates, state, params)
+
+    return optax.GradientTransformation(lambda params: of(params).init(params), update)

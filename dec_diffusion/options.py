@@ -22,10 +22,17 @@ Options:
                              chosen without labels, to which --mode with --workdir=DIR leads
   --logger=LOGGER            none (if left out): the files in DIR are all; or tensorboard: also
                              event files in DIR/tensorboard
+  --distributed=WHEN         auto (if left out) makes one run of the processes of a TPU pod, of
+                             Slurm or of Open MPI; on, or the next three, of any others; off none
+  --coordinator=HOST:PORT    address of process 0, which every process must reach
+  --num_processes=N          of the run; all are given the same command but for the next option
+  --process_id=I             of this process, from 0 to N-1
+  --distributed_timeout=S    seconds to wait for other processes before giving up (300)
   --quiet                    print nothing but errors and warnings
   --help                     print this
 
-Exit status: 0 done, 1 training failed, 2 bad input (nothing was changed).
+Exit status: 0 done; 1 training failed; 2 bad input (nothing was changed); 75 stopped by SIGTERM
+or Ctrl-C after saving a checkpoint; after 75, and after a crash, the same command resumes.
 """
 
 import difflib
@@ -38,7 +45,10 @@ from absl import flags
 
 _MODES = ("train", "evaluate", "predict", "sample")
 LOGGERS = ("none", "tensorboard")
+_DISTRIBUTED = ("auto", "on", "off")
+_POD = ("coordinator", "num_processes", "process_id")
 _OPTIONS = ("config", "workdir", "mode", "seeds", "logger", "quiet", "help")
+_OPTIONS += ("distributed", "distributed_timeout", *_POD)
 _MOST_SEEDS = 1000
 _PACKAGE = Path(__file__).resolve().parent
 
@@ -56,6 +66,7 @@ class Options(NamedTuple):
         logger: what else to report progress to.
         quiet: whether to print errors and warnings only.
         help: whether only help is wanted.
+        distributed: the arguments of ``distributed.Pod``, in its order.
     """
 
     mode: str
@@ -67,6 +78,7 @@ class Options(NamedTuple):
     logger: str
     quiet: bool
     help: bool
+    distributed: tuple[Any, ...] = ("auto", None, None, None, 300)
 
 
 def parse(argv: list[str]) -> Options:
@@ -81,6 +93,11 @@ def parse(argv: list[str]) -> Options:
     flags.DEFINE_enum("mode", "train", _MODES, "", flag_values=values)
     flags.DEFINE_string("seeds", None, "", flag_values=values)
     flags.DEFINE_enum("logger", "none", LOGGERS, "", flag_values=values)
+    flags.DEFINE_enum("distributed", "auto", _DISTRIBUTED, "", flag_values=values)
+    flags.DEFINE_string("coordinator", None, "", flag_values=values)
+    flags.DEFINE_integer("num_processes", None, "", flag_values=values)
+    flags.DEFINE_integer("process_id", None, "", flag_values=values)
+    flags.DEFINE_integer("distributed_timeout", 300, "", flag_values=values)
     flags.DEFINE_bool("quiet", False, "", flag_values=values)
     flags.DEFINE_bool("help", False, "", short_name="h", flag_values=values)
     rest, overrides = _take_overrides(argv)
@@ -119,6 +136,7 @@ def parse(argv: list[str]) -> Options:
         given["logger"],
         given["quiet"],
         wants_help,
+        _pod(given),
     )
 
 
@@ -140,6 +158,36 @@ def _seeds(text: str | None, overrides: list[tuple[str, str | None]]) -> tuple[i
     if not seeds or len(set(seeds)) < len(seeds):
         raise flags.Error(f"--seeds={text}: must name each seed once, the lower end of .. first")
     return tuple(seeds)
+
+
+def _pod(given: dict[str, Any]) -> tuple[Any, ...]:
+    """The options about processes, which must make a whole.
+
+    Raises:
+        flags.Error: some are missing, or cannot be.
+    """
+    mode, timeout = given["distributed"], given["distributed_timeout"]
+    present = [name for name in _POD if given[name] is not None]
+    missing = [name for name in _POD if given[name] is None]
+    if present and mode == "off":
+        raise flags.Error(f"--{present[0]}: contradicts --distributed=off; leave out one of them")
+    if present and missing:
+        raise flags.Error(f"--{missing[0]} is missing: it goes with --{present[0]}; give both")
+    if timeout < 1:
+        raise flags.Error(f"--distributed_timeout={timeout}: must be at least 1 second")
+    if present:
+        address, count, number = (given[name] for name in _POD)
+        host, _, port = address.rpartition(":")
+        if not host or not port.isdecimal() or not 0 < int(port) < 2**16:
+            raise flags.Error(f"--coordinator={address}: write HOST:PORT, say 10.0.0.2:1234")
+        if count < 1:
+            raise flags.Error(f"--num_processes={count}: must be at least 1")
+        if not 0 <= number < count:
+            raise flags.Error(
+                f"--process_id={number}: must lie between 0 and {count - 1}, there are "
+                f"--num_processes={count}"
+            )
+    return mode, given["coordinator"], given["num_processes"], given["process_id"], timeout
 
 
 def usage() -> str:

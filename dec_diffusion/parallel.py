@@ -1,24 +1,29 @@
-"""Where the engine's pure functions are compiled, and where data and state are placed.
+"""Where the engine's pure functions are compiled.
 
-The only file that decides what runs on which device. Data that fit are kept on the device and a
-whole EM iteration is one compiled call; larger data are streamed from the host, in superbatches,
-through the same functions.
+Programs are compiled in the global view: they say what is computed as if there were one device,
+``placement`` says what lies where, and ``feed`` brings the data. Features of a sweep stay on the
+device that made them, in the order of the data, for the closed-form update that sums over them.
+All draws are those of one device, so results do not depend on how many there are, but for the
+rounding of sums.
+
+With data kept on the devices a whole EM iteration is one compiled call; streamed data go, in
+superbatches, through the same functions.
 """
 
 import functools
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dec_diffusion import engine
-from dec_diffusion.engine import Collected, Examples, Fetch, TrainState
+from dec_diffusion import engine, feed, placement
+from dec_diffusion.engine import Collected, Examples, TrainState
+from dec_diffusion.feed import Data, first_batch, place
 from dec_diffusion.method import EStage, Phase
-from dec_diffusion.types import Array, Batch, Metrics, Params, PRNGKeyArray
+from dec_diffusion.types import Array, Metrics, Params, PRNGKeyArray
 
-_SUPERBATCH_BYTES = 64 * 2**20
 _kept = functools.lru_cache(maxsize=8)
 """Of a function that makes compiled programs: those of equal arguments are made once.
 
@@ -28,86 +33,58 @@ A second run of the same method on data of the same shape then compiles nothing.
 Step = Callable[[TrainState], tuple[TrainState, dict[str, np.ndarray]]]
 """From a state, which is donated, to the next one and metrics on the host."""
 
-
-class Data(NamedTuple):
-    """A data set ready for the engine.
-
-    Attributes:
-        raw: numpy [n, ...], in host memory.
-        examples: the same on the device, or with an empty ``raw`` if the data are streamed.
-        rows: the ordered sweep [batches, batch] of example numbers, -1 on padding.
-    """
-
-    raw: np.ndarray
-    examples: Examples
-    rows: np.ndarray
-
-    @property
-    def resident(self) -> bool:
-        """Whether the examples are on the device."""
-        return self.examples.raw.shape[0] == self.raw.shape[0]
-
-
-def place(raw: np.ndarray, offset: Any, scale: Any, *, sweep_size: int, resident: bool) -> Data:
-    """Put a data set where the engine can reach it; arguments as for ``engine.Examples``.
-
-    Sweeps always have batches of ``sweep_size``, padded, so that what a row is assigned does not
-    depend on how many others there are.
-    """
-    on_device = jnp.asarray(raw if resident else raw[:0])
-    examples = Examples(on_device, jnp.asarray(offset), jnp.asarray(scale))
-    rows = engine.sweep_order(batch_size=sweep_size, num_examples=len(raw))
-    return Data(raw, examples, np.asarray(rows))
-
-
-def first_batch(data: Data) -> Batch:
-    """The first batch of a sweep; networks take their shapes from it."""
-    rows = next(_superbatches(data, data.rows[:1]))
-    return jax.tree.map(lambda a: jnp.asarray(a[0]), jax.vmap(_fetch_streamed(data.examples))(rows))
+__all__ = ["Data", "Step", "compile_phase", "compile_sweep", "first_batch", "place"]
 
 
 def compile_sweep(function: Callable[..., Any], data: Data) -> Callable[..., Any]:
     """Map ``function(params, cluster, batch, key)`` over all examples, in order.
 
     Returns:
-        A function of ``params, cluster, key`` giving numpy arrays [n, ...].
+        A function of ``params, cluster, key`` giving numpy arrays [n, ...], in every process.
     """
-    one, (offset, scale) = _mapped(function), (data.examples.offset, data.examples.scale)
+    one, scaling = _mapped(function), (data.examples.offset, data.examples.scale)
+    n, count, size = len(data.raw), placement.size(), data.rows.shape[1]
 
     def run(params: Params, cluster: Any, key: PRNGKeyArray) -> Any:
-        # A call for each batch, not a scan: one program then serves data of any size, and an
-        # example gets the same result, bit by bit, whatever it comes with.
+        params, cluster, key = placement.replicate((params, cluster, key))
+        # A call for each batch of every device, not a scan: one program then serves data of any
+        # size, and an example gets the same result, bit by bit, whatever it comes with.
         parts = []
-        for number, row in enumerate(data.rows):
-            raw = data.raw[np.maximum(row, 0)]
-            out = one(params, cluster, raw, row, offset, scale, key, number)
-            parts.append(jax.device_get(out))
-        return jax.tree.map(lambda *a: np.concatenate(a)[: len(data.raw)], *parts)
+        for first in range(0, -(-n // size), count):
+            rows = data.rows[first : first + count].reshape(-1)
+            raw, index = feed.to_devices(data.raw, rows)
+            parts.append(jax.device_get(one(params, cluster, key, scaling, first, raw, index)))
+        return jax.tree.map(lambda *a: np.concatenate(a)[:n], *parts)
 
     return run
 
 
 @_kept
 def _mapped(function: Callable[..., Any]) -> Callable[..., Any]:
-    @jax.jit
-    def one(
+    def own(
         params: Params,
         cluster: Any,
+        key: PRNGKeyArray,
+        scaling: Any,
+        first: Array,
         raw: Array,
         index: Array,
-        offset: Array,
-        scale: Array,
-        key: PRNGKeyArray,
-        number: Array,
     ) -> Any:
-        batch = engine.make_batch(raw, index, offset=offset, scale=scale)
+        batch = engine.make_batch(raw, index, offset=scaling[0], scale=scaling[1])
+        number = first + placement.number()
         return function(params, cluster, batch, jax.random.fold_in(key, number))
 
-    return one
+    mapped = placement.on_parts(own, 2)
+    # Other processes cannot be read from the host, their results come over the network.
+    return jax.jit(lambda *args: placement.everywhere(mapped(*args)) if _many() else mapped(*args))
+
+
+def _many() -> bool:
+    return jax.process_count() > 1
 
 
 def compile_phase(
-    phase: Phase, data: Data, key: PRNGKeyArray, *, batch_size: int
+    phase: Phase, data: Data, key: PRNGKeyArray, *, batch_size: int, shard_params: bool = False
 ) -> tuple[Step, Step]:
     """Compile entering a phase, and one of its iterations.
 
@@ -116,11 +93,13 @@ def compile_phase(
         data: the data.
         key: the phase's key.
         batch_size: of gradient steps.
+        shard_params: as for ``place_state``.
 
     Returns:
         ``begin`` and ``iterate``, functions of the state.
     """
     # Keys are arguments, not constants of the programs, which then serve every seed.
+    key = placement.replicate(key)
     keys = engine.iteration_keys(key)
     # By function: a stage that begins a phase often collects what its E-steps collect.
     sweeps = {
@@ -128,7 +107,8 @@ def compile_phase(
         for stage in (phase.begin, phase.refresh)
         if stage
     }
-    enter, update, iteration = _programs(phase, batch_size, data.rows.shape[1])
+    n, sweep_size = len(data.raw), data.rows.shape[1]
+    enter, update, iteration = _programs(phase, n, batch_size, sweep_size, shard_params)
 
     def e_step(state: TrainState) -> tuple[TrainState, Metrics]:
         if phase.refresh is None:
@@ -147,7 +127,7 @@ def compile_phase(
     if data.resident:
         return begin, lambda state: _to_host(iteration(state, data.examples, key))
 
-    m_step = _compile_streamed(phase, data, keys, batch_size=batch_size)
+    m_step = _compile_streamed(phase, data, keys, batch_size=batch_size, shard_params=shard_params)
 
     def iterate(state: TrainState) -> tuple[TrainState, dict[str, np.ndarray]]:
         state, metrics = m_step(state)
@@ -159,89 +139,132 @@ def compile_phase(
 
 @_kept
 def _programs(
-    phase: Phase, batch_size: int, sweep_size: int
+    phase: Phase, num_examples: int, batch_size: int, sweep_size: int, shard_params: bool
 ) -> tuple[Callable[..., Any], Callable[..., Any], Callable[..., Any]]:
     """Entering a phase, its E-step, and an iteration on resident data."""
-    enter = jax.jit(lambda state, collected, k: engine.begin_phase(phase, state, collected, k))
-    update = jax.jit(functools.partial(engine.e_step, phase), donate_argnums=0)
-    iteration = jax.jit(
-        lambda state, examples, k: engine.em_iteration(
-            phase, state, examples, k, batch_size=batch_size, sweep_size=sweep_size
-        ),
-        donate_argnums=0,
-    )
-    return enter, update, iteration
+    constrain = functools.partial(placement.constrain, shard_params=shard_params)
 
+    def placed(result: tuple[TrainState, Metrics]) -> tuple[TrainState, Metrics]:
+        return constrain(result[0]), placement.everywhere(result[1])
 
-def _compile_streamed(
-    phase: Phase, data: Data, keys: engine.IterationKeys, *, batch_size: int
-) -> Callable[[TrainState], tuple[TrainState, Metrics]]:
-    """The M-step of ``engine.em_iteration``, with data arriving in superbatches from the host."""
-    fetch = _fetch_streamed(data.examples)
-    order = jax.jit(
-        lambda step, k: engine.epoch_order(
-            k, step, steps=phase.steps, batch_size=batch_size, num_examples=len(data.raw)
+    def iteration(state: TrainState, examples: Examples, key: PRNGKeyArray) -> Any:
+        sweep = feed.sweep_resident(examples, num_examples=num_examples, sweep_size=sweep_size)
+        return placed(
+            engine.iteration(
+                phase,
+                state,
+                key,
+                num_examples=num_examples,
+                batch_size=batch_size,
+                fetch=feed.fetch_resident(examples),
+                sweep=sweep,
+                constrain=constrain,
+            )
         )
-    )
-    steps = jax.jit(
-        lambda state, rows, k: engine.m_step(phase, state, rows, fetch, k), donate_argnums=0
-    )
 
-    def m_step(state: TrainState) -> tuple[TrainState, Metrics]:
-        parts = []
-        for rows in _superbatches(data, np.asarray(order(state.step, keys.order))):
-            state, metrics = steps(state, rows, keys.m_step)
-            parts.append(metrics)
-        return state, jax.tree.map(lambda *a: np.concatenate([np.asarray(x) for x in a]), *parts)
+    def enter(state: TrainState, collected: Collected | None, key: PRNGKeyArray) -> Any:
+        return placed(engine.begin_phase(phase, state, collected, key))
 
-    return m_step
+    def update(state: TrainState, collected: Collected, key: PRNGKeyArray) -> Any:
+        return placed(engine.e_step(phase, state, collected, key))
+
+    return (
+        jax.jit(placement.in_mesh(enter)),
+        jax.jit(placement.in_mesh(update), donate_argnums=0),
+        jax.jit(placement.in_mesh(iteration), donate_argnums=0),
+    )
 
 
 def _compile_collect(stage: EStage, data: Data) -> Callable[[Params, Any, PRNGKeyArray], Collected]:
     if data.resident:
-        resident = _collect_resident(stage)
-        return lambda params, cluster, key: resident(params, cluster, key, data.examples, data.rows)
-    fetch = _fetch_streamed(data.examples)
-    streamed = jax.jit(
-        lambda params, cluster, key, rows, first: engine.collect(
-            stage, params, cluster, rows, fetch, key, first=first
-        )
-    )
-
-    def run(params: Params, cluster: Any, key: PRNGKeyArray) -> Collected:
-        parts, first = [], 0
-        for rows in _superbatches(data, data.rows):
-            parts.append(streamed(params, cluster, key, rows, first))
-            first += len(rows[1])
-        return jax.tree.map(lambda *a: jnp.concatenate(a), *parts)
-
-    return run
+        resident = _collect_resident(stage, len(data.raw), data.rows.shape[1])
+        return lambda params, cluster, key: resident(params, cluster, key, data.examples)
+    return _collect_streamed(stage, data)
 
 
 @_kept
-def _collect_resident(stage: EStage) -> Callable[..., Collected]:
-    return jax.jit(
-        lambda params, cluster, key, examples, rows: engine.collect(
-            stage, params, cluster, rows, engine.fetch_resident(examples), key
+def _collect_resident(stage: EStage, num_examples: int, sweep_size: int) -> Callable[..., Any]:
+    def run(params: Params, cluster: Any, key: PRNGKeyArray, examples: Examples) -> Collected:
+        sweep = feed.sweep_resident(examples, num_examples=num_examples, sweep_size=sweep_size)
+        return sweep(stage, params, cluster, key)
+
+    return jax.jit(run)
+
+
+# -- streaming --
+
+
+def _compile_streamed(
+    phase: Phase, data: Data, keys: engine.IterationKeys, *, batch_size: int, shard_params: bool
+) -> Callable[[TrainState], tuple[TrainState, Metrics]]:
+    """The M-step of ``engine.iteration``, with data arriving in superbatches from the host."""
+    constrain = functools.partial(placement.constrain, shard_params=shard_params)
+    order = jax.jit(
+        lambda step, k: placement.everywhere(
+            engine.epoch_order(
+                k, step, steps=phase.steps, batch_size=batch_size, num_examples=len(data.raw)
+            )
         )
     )
 
+    def steps(state: TrainState, rows: Any, scaling: Any, key: PRNGKeyArray) -> Any:
+        fetch = feed.fetch_streamed(scaling[0], scaling[1], batch_size)
+        state, metrics = engine.m_step(phase, state, rows, fetch, key, constrain=constrain)
+        return constrain(state), placement.everywhere(metrics)
 
-def _superbatches(data: Data, rows: np.ndarray) -> Any:
-    """Cut rows [m, batch] of example numbers into parts, and gather each part's examples."""
-    per_row = rows.shape[1] * data.raw[:1].nbytes
-    size = max(1, min(len(rows), _SUPERBATCH_BYTES // max(1, per_row)))
-    for start in range(0, len(rows), size):
-        part = rows[start : start + size]
-        yield data.raw[np.maximum(part, 0)], part
+    compiled = jax.jit(steps, donate_argnums=0)
+    scaling = data.examples.offset, data.examples.scale
+
+    def m_step(state: TrainState) -> tuple[TrainState, Metrics]:
+        rows = np.asarray(order(state.step, keys.order))
+        rows = np.pad(rows, ((0, 0), (0, -batch_size % placement.size())), constant_values=-1)
+        parts = []
+        for superbatch in feed.superbatches(data, rows, axis=1):
+            state, metrics = compiled(state, superbatch, scaling, keys.m_step)
+            # Read at once: collectives of too many calls in flight can lock each other out.
+            parts.append(jax.tree.map(np.asarray, metrics))
+        return state, jax.tree.map(lambda *a: np.concatenate(a), *parts)
+
+    return m_step
 
 
-def _fetch_streamed(examples: Examples) -> Fetch:
-    def fetch(row: tuple[Array, Array]) -> Batch:
-        raw, index = row
-        return engine.make_batch(raw, index, offset=examples.offset, scale=examples.scale)
+def _collect_streamed(
+    stage: EStage, data: Data
+) -> Callable[[Params, Any, PRNGKeyArray], Collected]:
+    count = placement.size()
+    per_device = len(data.rows) // count
+    batch_size = data.rows.shape[1]
 
-    return fetch
+    def own(
+        params: Params, cluster: Any, key: PRNGKeyArray, scaling: Any, first: Array, *rows: Array
+    ) -> Any:
+        number = placement.number() * per_device + first
+        rows = jax.tree.map(lambda a: a[0], rows)
+        fetch = feed.fetch_streamed(scaling[0], scaling[1], batch_size)
+        out = engine.collect(stage, params, cluster, rows, fetch, key, first=number)
+        return jax.tree.map(lambda a: a[None], out)
+
+    part = jax.jit(placement.on_parts(own, 2))
+
+    @jax.jit
+    def join(*parts: Collected) -> Collected:
+        # Each device joins its own; the first axis counts devices.
+        return jax.tree.map(
+            lambda *a: jnp.concatenate(a, axis=1).reshape(-1, *a[0].shape[2:]), *parts
+        )
+
+    def run(params: Params, cluster: Any, key: PRNGKeyArray) -> Collected:
+        params, parts, first = placement.replicate(params), [], 0
+        scaling = data.examples.offset, data.examples.scale
+        rows = data.rows.reshape(count, per_device, -1).swapaxes(0, 1)
+        for raw, index in feed.superbatches(data, rows, axis=1):
+            swapped = jax.tree.map(lambda a: jnp.swapaxes(a, 0, 1), (raw, index))
+            parts.append(part(params, cluster, key, scaling, first, *swapped))
+            first += len(index)
+            jax.block_until_ready(parts[-1])
+        return join(*parts)
+
+    return run
 
 
 def _to_host(result: tuple[TrainState, Metrics]) -> tuple[TrainState, dict[str, np.ndarray]]:

@@ -27,6 +27,7 @@ from dec_diffusion import config as configs
 from dec_diffusion import data, metrics, train, workdir
 from dec_diffusion.config import Config
 from dec_diffusion.data import Dataset
+from dec_diffusion.interrupt import Stop
 from dec_diffusion.train import NonFiniteLossError
 from dec_diffusion.types import InputError
 
@@ -59,6 +60,7 @@ def fit_seeds(
     dataset: Dataset | None = None,
     logger: str = "none",
     verbose: int = 1,
+    stop: Stop | None = None,
 ) -> Comparison:
     """Train once with each seed, compare, and choose one run without labels.
 
@@ -73,8 +75,10 @@ def fit_seeds(
         dataset: as in ``train.fit``.
         logger: likewise.
         verbose: likewise.
+        stop: likewise.
 
     Raises:
+        StoppedError: as ``train.fit``; the same call goes on.
         InputError: as ``train.fit``, before any training; or ``path`` holds something else.
         NonFiniteLossError: the loss of some seeds became NaN or infinite; the others are trained
             and compared all the same.
@@ -98,7 +102,7 @@ def fit_seeds(
             print(f"-- seed {seed}, {number} of {len(runs)} --", flush=True)
         try:
             result = train.fit(
-                run, folder / name(seed), dataset=given, logger=logger, verbose=verbose
+                run, folder / name(seed), dataset=given, logger=logger, verbose=verbose, stop=stop
             )
         except NonFiniteLossError as error:
             failed[seed] = str(error)

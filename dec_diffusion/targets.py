@@ -29,7 +29,7 @@ import math
 import jax
 import jax.numpy as jnp
 
-from dec_diffusion import kmeans
+from dec_diffusion import kmeans, spread
 from dec_diffusion.types import Array, Float, InputError, Int
 
 # Distances closer to each other than this many units of rounding count as equal.
@@ -130,9 +130,8 @@ def neighbour_graph(
     z = jax.lax.stop_gradient(z)
     valid = _weight(weight, z) > 0
     y = jnp.where(valid[:, None], z - _mean(z, valid.astype(z.dtype)), 0)
-    block = min(block, n)
 
-    def of_rows(rows: Array) -> tuple[Array, Array]:
+    def of_rows(rows: Array, y: Array, valid: Array) -> tuple[Array, Array]:
         squares = jnp.minimum(kmeans.distances(y[rows], y), jnp.finfo(y.dtype).max)
         others = valid & (jnp.arange(n) != rows[:, None])
         score, index = jax.lax.top_k(jnp.where(others, -squares, -jnp.inf), k + 1)
@@ -144,10 +143,15 @@ def neighbour_graph(
         exact, index = jax.lax.sort((exact, index), num_keys=1)
         return index[:, :k].astype(jnp.int32), _simplex_weights(exact)
 
-    starts = jnp.arange(0, n, block)
-    rows = jnp.minimum(starts[:, None] + jnp.arange(block), n - 1)
-    index, s = jax.lax.map(of_rows, rows)
-    return index.reshape(-1, k)[:n], s.reshape(-1, k)[:n]
+    def of_part(rows: Array, y: Array, valid: Array) -> tuple[Array, Array]:
+        m = rows.shape[0]
+        size = min(block, m)
+        padded = jnp.pad(rows, (0, -m % size), mode="edge").reshape(-1, size)
+        index, s = jax.lax.map(lambda rows: of_rows(rows, y, valid), padded)
+        return index.reshape(-1, k)[:m], s.reshape(-1, k)[:m]
+
+    # Every part needs all rows to compare its own with.
+    return spread.over_rows(of_part, jnp.arange(n), whole=(y, valid))
 
 
 def graph_loss(

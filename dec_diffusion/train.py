@@ -20,14 +20,27 @@ from jax.flatten_util import ravel_pytree
 
 from dec_diffusion import config as configs
 from dec_diffusion import data as sources
-from dec_diffusion import engine, evaluate, loggers, num_clusters, parallel, results, workdir
+from dec_diffusion import (
+    distributed,
+    engine,
+    evaluate,
+    loggers,
+    num_clusters,
+    parallel,
+    placement,
+    results,
+    workdir,
+)
 from dec_diffusion.config import Config
 from dec_diffusion.data import Dataset
 from dec_diffusion.engine import TrainState
+from dec_diffusion.interrupt import Stop, StoppedError
 from dec_diffusion.method import DataSpec, Method, Phase, Pretrained
 from dec_diffusion.networks import diffusers
 from dec_diffusion.progress import Progress
 from dec_diffusion.types import AUTO, InputError, PRNGKeyArray
+
+_CHECKED_ROWS = 4096
 
 
 class NonFiniteLossError(FloatingPointError):
@@ -85,6 +98,7 @@ def fit(
     dataset: Dataset | None = None,
     logger: str = "none",
     verbose: int = 1,
+    stop: Stop | None = None,
 ) -> Result:
     """Train, or go on training, and leave everything a run leaves in its workdir.
 
@@ -97,46 +111,90 @@ def fit(
         logger: what to report to beside the files of the workdir: ``none``, or ``tensorboard``,
             which needs a workdir.
         verbose: 0 is silent, 1 reports on standard output.
+        stop: once one process was asked to stop, all save a checkpoint after the iteration under
+            way, and end.
+
+    Several processes that have started ``jax.distributed`` all call this, with the same arguments;
+    process 0 reports and writes, and all of them need to see ``path``.
 
     Raises:
         InputError: bad settings, data or workdir, found before any training; later only a
             checkpoint that cannot be written.
+        StoppedError: the run was asked to stop.
         NonFiniteLossError: the loss became NaN or infinite; earlier checkpoints stay.
     """
     started = time.monotonic()
     configs.check(config)
     loggers.check(logger)
-    # A scan over K may begin at 1, a run of the command line has something to find.
-    least = 2 if dataset is None else 1
-    dataset = sources.load(config.data, verbose=verbose) if dataset is None else dataset
-    # All other settings are checked before K is chosen: any K that the data allow will do.
-    asked, config = config, configs.resolved(config, 2)
-    sources.check_clusters(
-        dataset, config.method.num_clusters, config.train.batch_size, least=least
-    )
-    spec = DataSpec(dataset.example_shape, dataset.num_examples, config.train.batch_size)
-    spec = spec._replace(pretrained=_pretrained(config, spec))
-    method = build(config, spec)
-    place = workdir.Memory()
-    if path is not None:
-        place = workdir.open_workdir(path, configs.to_dict(asked), ignore=configs.RESUMABLE)
+    if not distributed.is_first():
+        verbose, logger = 0, "none"
+    with distributed.together("setup"):
+        # A scan over K may begin at 1, a run of the command line has something to find.
+        least = 2 if dataset is None else 1
+        dataset = sources.load(config.data, verbose=verbose) if dataset is None else dataset
+        # All other settings are checked before K is chosen: any K that the data allow will do.
+        asked, config = config, configs.resolved(config, 2)
+        sources.check_clusters(
+            dataset, config.method.num_clusters, config.train.batch_size, least=least
+        )
+        spec = DataSpec(dataset.example_shape, dataset.num_examples, config.train.batch_size)
+        spec = spec._replace(pretrained=_pretrained(config, spec))
+        method = build(config, spec)
+        place = workdir.Memory()
+        if path is not None:
+            place = workdir.open_workdir(path, configs.to_dict(asked), ignore=configs.RESUMABLE)
+    with distributed.together("workdir"):
+        if isinstance(place, workdir.Workdir):
+            workdir.check_shared(place)
     if asked.method.num_clusters == AUTO:
-        config = configs.resolved(asked, _choose(dataset, asked.seed, place, verbose=verbose))
+        own = _choose(dataset, asked.seed, place, verbose=verbose) if distributed.is_first() else 0
+        chosen = int(distributed.exchange("number of clusters", str(own))[0])
+        config = configs.resolved(asked, chosen)
         method = build(config, spec)
     data = prepare(dataset, config)
     assign = evaluate.compile_assign(method, data, _key(config))
+    stop = stop or Stop()
     with (
         loggers.start(logger, None if isinstance(place, workdir.Memory) else place.path) as log,
         place.checkpoints(keep=config.train.keep_checkpoints) as checkpoints,
+        stop.deferred(),
     ):
         state, step, trained = _run(
-            config, spec, method, dataset, data, assign, place, checkpoints, log, verbose=verbose
+            config,
+            spec,
+            method,
+            dataset,
+            data,
+            assign,
+            place,
+            checkpoints,
+            log,
+            verbose=verbose,
+            stop=stop,
         )
     offset, scale = np.asarray(dataset.offset), np.asarray(dataset.scale)
-    run = Run(config, spec, method, state, offset, scale, step)
     assignment = assign(state)
+    # What follows is the work of one process, on one of its devices.
+    run = Run(config, spec, method, placement.local(state), offset, scale, step)
     if isinstance(place, workdir.Memory):
         return Result(run, dataset, assignment, {}, place.read_metrics())
+    summary: dict[str, Any] = {}
+    with distributed.wait_for_results():
+        if distributed.is_first():
+            summary = _report(run, dataset, assignment, place, trained, started, verbose)
+    return Result(run, dataset, assignment, summary, place.read_metrics())
+
+
+def _report(
+    run: Run,
+    dataset: Dataset,
+    assignment: evaluate.Assignment,
+    place: workdir.Workdir,
+    trained: bool,
+    started: float,
+    verbose: int,
+) -> dict[str, Any]:
+    """Write the results, unless they are there, and print them."""
     summary = None if trained else results.read(place)
     if summary is None:
         if verbose:
@@ -147,7 +205,7 @@ def fit(
         )
     if verbose:
         print(results.describe(summary, place.path), flush=True)
-    return Result(run, dataset, assignment, summary, place.read_metrics())
+    return summary
 
 
 def build(config: Config, spec: DataSpec) -> Method:
@@ -306,17 +364,22 @@ def _run(
     log: loggers.Logger,
     *,
     verbose: int,
+    stop: Stop,
 ) -> tuple[TrainState, int, bool]:
     """Run all phases, from wherever the last checkpoint left off.
 
     Returns:
         The state, its step, and whether there was anything left to do.
+
+    Raises:
+        StoppedError: the run was asked to stop; a checkpoint has been saved.
     """
-    key, batch_size = _key(config), config.train.batch_size
-    about = _about(dataset, spec)
+    key, batch_size, shard = _key(config), config.train.batch_size, config.train.shard_params
+    about = _about(dataset, spec, sampled=not data.resident)
     state, step, after = _start(method, key, parallel.first_batch(data), checkpoints, about)
     if after is None and spec.pretrained:
         state = _begin_with(state, spec.pretrained)
+    state = placement.place_state(state, shard_params=shard)
     place.truncate_metrics(step)
     log.replay(place.read_metrics())
     resumed_at = step
@@ -327,7 +390,9 @@ def _run(
 
     for number, name, phase, first in _remaining(method, after):
         phase_key = jax.random.fold_in(key, number + 1)
-        begin, iterate = parallel.compile_phase(phase, data, phase_key, batch_size=batch_size)
+        begin, iterate = parallel.compile_phase(
+            phase, data, phase_key, batch_size=batch_size, shard_params=shard
+        )
         if first == 0:
             state, _ = begin(state)
         scores: dict[str, float] = {}
@@ -340,21 +405,29 @@ def _run(
             settled = bool(metrics.pop("converged", 0))
             last, fresh = settled or iteration == phase.iterations, {}
             if phase.assigns and (last or iteration % config.train.evaluate_every == 0):
-                fresh = evaluate.score(assign(state), config.method.num_clusters, dataset.labels)
-                _warn_of_sizes(fresh, config.method.num_clusters, step)
-                scores = fresh
+                assignment = assign(state)
+                if distributed.is_first():
+                    fresh = evaluate.score(assignment, config.method.num_clusters, dataset.labels)
+                    _warn_of_sizes(fresh, config.method.num_clusters, step)
+                    scores = fresh
             rate = phase.steps * batch_size / seconds
             record = {k: float(np.mean(v)) for k, v in metrics.items()} | fresh
             record = {"step": step, "phase": name, "iteration": iteration} | record
             record |= {"seconds": seconds, "examples_per_second": rate}
             place.append_metrics(record)
             log.write(record)
-            if last or iteration % config.train.checkpoint_every == 0:
+            stopping = distributed.any_process(stop.asked())
+            if last or stopping or iteration % config.train.checkpoint_every == 0:
                 # A phase that ended early has nothing left to resume.
                 at = {"phase": name, "iteration": phase.iterations if last else iteration}
                 checkpoints.save(step, state, at | about)
             where = f"{name} {iteration}/{phase.iterations}" + ", settled" * settled
             progress.update(step, where, record | scores, rate)
+            if stopping and step < total:
+                checkpoints.wait()
+                raise StoppedError(
+                    f"stopped at step {step:,} of {total:,}, as asked; the same command goes on"
+                )
             if last:
                 break
     return state, step, step > resumed_at
@@ -384,9 +457,7 @@ def _start(
             "--config.data: the examples are not those that this run was trained on (their "
             "checksum differs); restore them, or train in a new --workdir"
         )
-    # On the device now, so that the first compiled call donates it like every other.
-    state = jax.tree.map(jax.numpy.asarray, restored.state)
-    return state, restored.step, (restored.meta["phase"], restored.meta["iteration"])
+    return restored.state, restored.step, (restored.meta["phase"], restored.meta["iteration"])
 
 
 def _begin_with(state: TrainState, pretrained: Pretrained) -> TrainState:
@@ -407,15 +478,21 @@ def _begin_with(state: TrainState, pretrained: Pretrained) -> TrainState:
     return dataclasses.replace(state, params=params, ema_params=params)
 
 
-def _about(dataset: Dataset, spec: DataSpec) -> dict[str, Any]:
-    """What a checkpoint must know of its data: to predict on others, and to resume on these."""
+def _about(dataset: Dataset, spec: DataSpec, *, sampled: bool) -> dict[str, Any]:
+    """What a checkpoint must know of its data: to predict on others, and to resume on these.
+
+    The checksum is of all examples, or of some where there are too many to read at every start.
+    """
+    examples = dataset.examples
+    if sampled:
+        examples = examples[np.linspace(0, len(examples) - 1, _CHECKED_ROWS).astype(np.int64)]
     return {
         "architecture": spec.pretrained and spec.pretrained.architecture,
         "shape": dataset.example_shape,
         "num_examples": dataset.num_examples,
         "offset": np.asarray(dataset.offset),
         "scale": np.asarray(dataset.scale),
-        "crc32": _checksum(dataset.examples),
+        "crc32": _checksum(examples),
     }
 
 

@@ -378,6 +378,19 @@ def locate(path: str | os.PathLike[str]) -> pathlib.Path:
     return folder / best
 
 
+def check_shared(place: Workdir) -> None:
+    """Check, in every process, that what process 0 wrote to the workdir can be seen.
+
+    Raises:
+        InputError: the workdir lies on the disk of one host.
+    """
+    if not (place.path / CONFIG).exists():
+        raise InputError(
+            f"--workdir={place.path}: process {jax.process_index()} does not see what process 0 "
+            "wrote there; give a folder on a file system that all hosts share"
+        )
+
+
 def read_config(path: str | os.PathLike[str]) -> dict[str, Any]:
     """The configuration of the run in a workdir.
 

@@ -15,7 +15,7 @@ import numpy as np
 import optax
 import pytest
 
-from dec_diffusion import engine, parallel, train
+from dec_diffusion import engine, feed, parallel, train
 from dec_diffusion import method as contract
 from dec_diffusion.config import Config, TrainConfig
 from dec_diffusion.data import DataConfig
@@ -282,7 +282,7 @@ def test_batches_are_scaled_and_mark_padding():
 @pytest.mark.parametrize("resident", [True, False])
 @pytest.mark.parametrize("size", [1, 7, N, 10 * N])
 def test_a_sweep_collects_in_order_whatever_its_batches(size, resident, monkeypatch):
-    monkeypatch.setattr(parallel, "_SUPERBATCH_BYTES", 3 * size * RAW[:1].nbytes)
+    monkeypatch.setattr(feed, "_SUPERBATCH_BYTES", 3 * size * RAW[:1].nbytes)
     data = table(sweep_size=size, resident=resident)
     assert data.resident == resident
     w = jnp.array([1.0, 2.0, 3.0])
@@ -423,7 +423,7 @@ def test_a_phase_without_an_e_step_only_takes_steps():
 @pytest.mark.parametrize("rows", [1, 2, 1000])
 def test_streamed_data_give_the_same_run(rows, monkeypatch):
     """Bit by bit, however many superbatches an iteration takes."""
-    monkeypatch.setattr(parallel, "_SUPERBATCH_BYTES", rows * BATCH * RAW[:1].nbytes)
+    monkeypatch.setattr(feed, "_SUPERBATCH_BYTES", rows * BATCH * RAW[:1].nbytes)
     method = least_squares(tx=optax.adam(0.01))
     resident = iterated(method, table())
     streamed = iterated(method, table(resident=False))
@@ -432,7 +432,7 @@ def test_streamed_data_give_the_same_run(rows, monkeypatch):
 
 @pytest.mark.parametrize("resident", [True, False])
 def test_nothing_is_traced_after_the_first_iteration(resident, monkeypatch):
-    monkeypatch.setattr(parallel, "_SUPERBATCH_BYTES", 2 * BATCH * RAW[:1].nbytes)
+    monkeypatch.setattr(feed, "_SUPERBATCH_BYTES", 2 * BATCH * RAW[:1].nbytes)
     traced = []
     data = table(resident=resident)
     method = least_squares(trace=traced.append)
@@ -570,7 +570,7 @@ def test_a_resumed_run_is_the_uninterrupted_one(name):
 @every_method
 def test_streamed_data_give_every_method_the_same_run(name, monkeypatch):
     t, data = tiny(name), place(resident=False)
-    monkeypatch.setattr(parallel, "_SUPERBATCH_BYTES", 2 * SWEEP * data.raw[:1].nbytes)
+    monkeypatch.setattr(feed, "_SUPERBATCH_BYTES", 2 * SWEEP * data.raw[:1].nbytes)
     _, iterate = parallel.compile_phase(t.phase, data, KEY, batch_size=BATCH)
     state, records = revive(t.states[0]), []
     for _ in range(ITERATIONS):

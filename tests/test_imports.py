@@ -14,7 +14,7 @@ FILES = {
 } | {f"configs.{p.stem}": p for p in CONFIGS.glob("*.py")}
 
 # Modules that know no other part of the package but each other.
-LEAVES = {"types", "schedule", "gmm", "kmeans", "targets", "sampling", "search", "views"}
+LEAVES = {"types", "spread", "schedule", "gmm", "kmeans", "targets", "sampling", "search", "views"}
 
 # Where a library may be imported: names of modules, or of packages with all they hold.
 CONFINED = {
@@ -31,12 +31,18 @@ CONFINED = {
 }
 
 # What may not be imported from where, in the package itself: arrows point one way only.
+HOST = {"parallel", "evaluate", "train", "main", "workdir", "data"}
 FORBIDDEN = {
     "networks": {"method", "methods", "engine", "parallel", "train", "main", "workdir", "data"},
     "method": {"methods", "networks", "engine", "parallel", "train", "main", "workdir", "data"},
     "methods": {"engine", "parallel", "evaluate", "train", "estimator", "main", "workdir", "data"},
-    "engine": {"methods", "networks", "parallel", "evaluate", "train", "main", "workdir", "data"},
-    "parallel": {"methods", "networks", "evaluate", "train", "main", "workdir", "data"},
+    "engine": {"methods", "networks", *HOST, "feed", "placement"},
+    "stream": {"methods", "networks", "engine", *HOST, "feed", "placement"},
+    "interrupt": {"methods", "networks", "engine", *HOST, "feed", "placement"},
+    "distributed": {"methods", "networks", "engine", *HOST, "feed", "placement"},
+    "placement": {"methods", "networks", *HOST, "feed"},
+    "feed": {"methods", "networks", *HOST},
+    "parallel": {"methods", "networks", *HOST - {"parallel"}},
     "metrics": {"methods", "networks", "engine", "parallel", "train", "main", "workdir", "data"},
     "data": {"methods", "networks", "engine", "parallel", "train", "main", "workdir"},
     "workdir": {"methods", "networks", "engine", "parallel", "train", "main", "data"},

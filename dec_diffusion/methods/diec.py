@@ -30,7 +30,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from dec_diffusion import features, optimiser, sampling, schedule, search, targets
+from dec_diffusion import features, optimiser, sampling, schedule, search, spread, targets
 from dec_diffusion.features import Denoiser
 from dec_diffusion.kmeans import kmeans
 from dec_diffusion.method import (
@@ -343,6 +343,10 @@ def _method(s: DiEC, denoiser: Denoiser, spec: DataSpec) -> Method:
     def images(params: Params, cluster: Clusters, batch: Batch, key: PRNGKeyArray) -> Array:
         return batch["image"]
 
+    def trimmed(tree: Any) -> Any:
+        """Without padding, but where examples are spread over devices: it keeps parts equal."""
+        return tree if spread.parts() > 1 else jax.tree.map(lambda a: a[:n], tree)
+
     def begin(
         params: Params,
         cluster: Clusters,
@@ -352,7 +356,7 @@ def _method(s: DiEC, denoiser: Denoiser, spec: DataSpec) -> Method:
         progress: Array,
     ) -> tuple[Params, Clusters, Metrics]:
         subset_key, score_key, axes_key, kmeans_key, sample_key = jax.random.split(key, 5)
-        x = x[:n]
+        x, weight = trimmed((x, weight))
         examples = jax.random.permutation(subset_key, n)[:m].astype(jnp.int32)
         found = explore(params, x[examples], score_key)
         timesteps, cells = found
@@ -364,15 +368,16 @@ def _method(s: DiEC, denoiser: Denoiser, spec: DataSpec) -> Method:
         projection = search.principal(axes_key, h[examples], d)
         projection = search.whiten(projection) if s.whiten else projection
         e = search.project(projection, h, unit=s.unit)
-        start = kmeans(kmeans_key, e, k, restarts=s.restarts, max_iterations=100)
+        start = kmeans(kmeans_key, e, k, weight=weight, restarts=s.restarts, max_iterations=100)
+        e, labels = e[:n], start.labels[:n].astype(jnp.int32)
         cluster = dataclasses.replace(
             cluster,
             layer=layer,
             timestep=timestep,
             projection=projection,
             features=e if s.frozen else cluster.features,
-            first=start.labels.astype(jnp.int32),
-            labels=start.labels.astype(jnp.int32),
+            first=labels,
+            labels=labels,
             snapshot=draw(params, sample_key, _SNAPSHOT),
             map=SearchMap(timesteps, cells, value, examples, best.astype(jnp.int32)),
         )
@@ -481,27 +486,28 @@ def _method(s: DiEC, denoiser: Denoiser, spec: DataSpec) -> Method:
         key: PRNGKeyArray,
         progress: Array,
     ) -> tuple[Params, Clusters, Metrics]:
-        (z, log_q), errors = jax.tree.map(lambda a: a[:n], collected)
+        ((z, log_q), errors), weight = trimmed((collected, weight))
+        padding = (0, weight.shape[0] - n)
         target = {"student": targets.target_distribution, "sinkhorn": targets.sinkhorn_target}
         labels = log_q.argmax(-1).astype(jnp.int32)
-        change = targets.label_change(labels, cluster.labels)
+        change = targets.label_change(labels, jnp.pad(cluster.labels, padding), weight)
         tested = held_out if held_out.any() else ~held_out
-        now = _mean(errors, jnp.asarray(tested, jnp.float32))
+        now = _mean(errors, jnp.pad(jnp.asarray(tested, jnp.float32), padding))
         before = jnp.where(progress > 0, cluster.denoising[0], now)
-        neighbours, similarity = targets.neighbour_graph(z, s.neighbours)
+        neighbours, similarity = targets.neighbour_graph(z, s.neighbours, weight=weight)
         cluster = dataclasses.replace(
             cluster,
-            embedded=z,
-            target=target[s.target](log_q),
-            neighbours=neighbours,
-            similarity=similarity,
-            labels=labels,
+            embedded=z[:n],
+            target=target[s.target](log_q, weight)[:n],
+            neighbours=neighbours[:n],
+            similarity=similarity[:n],
+            labels=labels[:n],
             denoising=jnp.stack([before, now]),
         )
         info = {
             "label_change": change,
             "held_out_denoising": now,
-            "confidence": jnp.exp(log_q.max(-1)).mean(),
+            "confidence": _mean(jnp.exp(log_q.max(-1)), weight),
             "converged": (progress > 0) & (change < s.tolerance),
         }
         return params, cluster, info

@@ -1,0 +1,132 @@
+"""Trains all three methods for a few iterations on whatever devices and processes there are.
+
+``python tests/layouts.py FOLDER ITERATIONS [COORDINATOR COUNT ID]`` leaves, for each method, a
+workdir stopped after that many iterations of the whole run, and ``METHOD.npz`` with its clusters
+and assignments as this layout computes them. A run in the folder is resumed.
+"""
+
+import contextlib
+import pathlib
+import sys
+from collections.abc import Callable
+
+import jax
+import numpy as np
+
+from dec_diffusion import config, data, distributed, train
+from dec_diffusion.interrupt import Stop, StoppedError
+from dec_diffusion.methods.clusterddpm import ClusterDDPM
+from dec_diffusion.methods.diec import DiEC
+from dec_diffusion.methods.neural_mixture import NeuralMixture
+
+N, SWEEP, STEPS = 203, 16, 3
+_MORE = 50  # iterations that are never reached
+METHODS = {
+    "clusterddpm": ClusterDDPM(
+        num_clusters=3,
+        latent=3,
+        width=8,
+        num_steps=20,
+        sample_steps=2,
+        noise=0.1,
+        pretrain_iterations=1,
+        balance_iterations=0,
+        em_iterations=_MORE,
+        steps=STEPS,
+        mixture_iterations=5,
+        mixture_restarts=2,
+        learning_rate=1e-4,
+    ),
+    "diec": DiEC(
+        num_clusters=3,
+        width=8,
+        num_steps=20,
+        sample_steps=2,
+        timestep=5,
+        dims=3,
+        search_restarts=1,
+        restarts=2,
+        pretrain_iterations=1,
+        iterations=_MORE,
+        steps=STEPS,
+        neighbours=3,
+        hidden=4,
+        tolerance=0.0,
+        learning_rate=1e-4,
+    ),
+    "neural_mixture": NeuralMixture(
+        num_clusters=3,
+        heads=2,
+        width=8,
+        hidden=8,
+        noise=0.1,
+        iterations=_MORE,
+        steps=STEPS,
+        learning_rate=1e-4,
+    ),
+}
+TRAINING = {
+    "clusterddpm": {"batch_size": 24},
+    "diec": {"batch_size": 20},  # which 8 devices cannot share equally
+    "neural_mixture": {"batch_size": 24, "resident_gib": 0.0},  # streamed
+}
+
+
+class After(Stop):
+    """Stops after so many iterations; counts what was compiled by the end of each."""
+
+    def __init__(self, iterations: int, compiled: Callable[[], int]) -> None:
+        super().__init__()
+        self._left, self._compiled = iterations, compiled
+        self.counts: list[int] = []
+
+    def asked(self) -> bool:
+        self._left -= 1
+        self.counts.append(self._compiled())
+        return self._left <= 0
+
+
+def examples() -> data.Dataset:
+    """Vectors around three points."""
+    rng = np.random.default_rng(0)
+    truth = rng.integers(3, size=N)
+    x = rng.normal(size=(3, 8))[truth] * 2 + rng.normal(size=(N, 8))
+    return data.from_arrays(x.astype(np.float32), name="three")
+
+
+def settings(name: str) -> config.Config:
+    fixed = {"sweep_size": SWEEP, "evaluate_every": 1, "checkpoint_every": 1000}
+    return config.Config(name, METHODS[name], train=config.TrainConfig(**fixed, **TRAINING[name]))
+
+
+def main(folder: pathlib.Path, iterations: int, pod: distributed.Pod) -> None:
+    compilations = []
+
+    def count(event: str, duration_secs: float, **_: object) -> None:
+        if "backend_compile" in event:
+            compilations.append(event)
+
+    with distributed.joined(pod):
+        jax.monitoring.register_event_duration_secs_listener(count)
+        dataset = examples()
+        for name in METHODS:
+            stop = After(iterations, lambda: len(compilations))
+            with contextlib.suppress(StoppedError):
+                train.fit(settings(name), folder / name, dataset=dataset, verbose=0, stop=stop)
+            run = train.load(folder / name)
+            found = train.assign(run, dataset)
+            clusters = jax.tree.leaves((run.state.cluster, run.state.ema_params))
+            if jax.process_index() == 0:
+                np.savez(
+                    folder / f"{name}.npz",
+                    *map(np.asarray, clusters),
+                    labels=found.labels,
+                    responsibilities=found.responsibilities,
+                    compiled=stop.counts,
+                )
+
+
+if __name__ == "__main__":
+    out, count, *rest = sys.argv[1:]
+    pod = distributed.Pod("on", rest[0], int(rest[1]), int(rest[2]), 60) if rest else None
+    main(pathlib.Path(out), int(count), pod or distributed.Pod("off"))

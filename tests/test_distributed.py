@@ -1,0 +1,259 @@
+"""Layouts: one device, many, and several real processes give the same run, and stop together."""
+
+import os
+import pathlib
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+import numpy as np
+import pytest
+from absl import flags
+
+from dec_diffusion import main, options
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+METHODS = ("clusterddpm", "diec", "neural_mixture")
+START = 120  # seconds for processes of a loaded machine to come together
+
+# Simulated devices of one process, and processes on this machine.
+Layout = tuple[int, int]
+
+
+def free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("localhost", 0))
+        return s.getsockname()[1]
+
+
+def environment(devices: int) -> dict[str, str]:
+    return {
+        **os.environ,
+        "PYTHONPATH": str(ROOT),
+        "PYTHONUNBUFFERED": "1",
+        "JAX_PLATFORMS": "cpu",
+        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
+    }
+
+
+def start(arguments: list[str], devices: int) -> "subprocess.Popen[str]":
+    return subprocess.Popen(
+        [sys.executable, *arguments],
+        env=environment(devices),
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+def finish(processes: "list[subprocess.Popen[str]]", timeout: float = 400) -> list[str]:
+    """Wait for all; their output. None outlives the test."""
+    try:
+        return [p.communicate(timeout=timeout)[0] for p in processes]
+    finally:
+        for process in processes:
+            process.kill()
+
+
+# -- the same run, however it is laid out --
+
+
+class Outcome(NamedTuple):
+    clusters: list[np.ndarray]
+    labels: np.ndarray
+    responsibilities: np.ndarray
+    compiled: np.ndarray
+
+
+def train(folder: pathlib.Path, layout: Layout, iterations: int) -> dict[str, Outcome]:
+    """Run ``layouts.py`` with so many processes of so many devices; what each method came to."""
+    folder.mkdir(exist_ok=True)
+    count, devices = layout
+    script = [str(ROOT / "tests" / "layouts.py"), str(folder), str(iterations)]
+    pod = [f"localhost:{free_port()}", str(count)] if count > 1 else []
+    numbers = [[str(i)] for i in range(count)] if count > 1 else [[]]
+    processes = [start([*script, *pod, *number], devices) for number in numbers]
+    outputs = finish(processes)
+    assert [p.returncode for p in processes] == [0] * count, "\n".join(outputs)
+    for number, output in enumerate(outputs if count > 1 else []):
+        assert f"process {number} of {count}: {devices} of {count * devices} cpu" in output
+    return {name: read(folder / f"{name}.npz") for name in METHODS}
+
+
+def read(path: pathlib.Path) -> Outcome:
+    with np.load(path) as found:
+        clusters = [found[f"arr_{i}"] for i in range(len(found.files) - 3)]
+        return Outcome(clusters, found["labels"], found["responsibilities"], found["compiled"])
+
+
+def assert_same(found: Outcome, expected: Outcome) -> None:
+    for a, b in zip(found.clusters, expected.clusters, strict=True):
+        if a.dtype.kind == "f":
+            scale = max(1.0, float(np.abs(b).max(initial=0)))
+            np.testing.assert_allclose(a, b, rtol=0, atol=1e-5 * scale)
+    assert (found.labels == expected.labels).mean() >= 0.999
+    np.testing.assert_allclose(found.responsibilities, expected.responsibilities, atol=1e-4)
+
+
+@pytest.fixture(scope="module")
+def eight(tmp_path_factory) -> dict[str, Outcome]:
+    """Four iterations in one process of eight devices."""
+    return train(tmp_path_factory.mktemp("runs") / "1x8", (1, 8), 4)
+
+
+@pytest.fixture(scope="module")
+def moved(tmp_path_factory) -> dict[str, Outcome]:
+    """Two in two processes of four devices, then two more in one process of one."""
+    folder = tmp_path_factory.mktemp("runs") / "moved"
+    half = train(folder, (2, 4), 2)
+    assert all(len(outcome.compiled) == 2 for outcome in half.values())
+    return train(folder, (1, 1), 4)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_layouts_agree_and_restore_what_others_saved(name, eight, moved):
+    assert_same(moved[name], eight[name])
+    assert len(np.unique(eight[name].labels)) > 1
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_nothing_is_compiled_after_the_first_iteration(name, eight):
+    # The first phase has one iteration; those of the second come after.
+    counts = eight[name].compiled
+    assert counts[-1] == counts[-2] and counts[0] > 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", [(1, 1), (2, 4), (4, 2)])
+def test_every_layout_from_the_start(layout, eight, tmp_path):
+    found = train(tmp_path / "run", layout, 4)
+    for name in METHODS:
+        assert_same(found[name], eight[name])
+        assert found[name].compiled[-1] == found[name].compiled[-2]
+
+
+# -- stopping --
+
+
+@pytest.fixture
+def pod(tmp_path) -> Iterator[Callable[..., "list[subprocess.Popen[str]]"]]:
+    """``pod()`` starts the two processes of a long run of the command line."""
+    started: list[subprocess.Popen[str]] = []
+
+    def run(*more: str, count: int = 2, timeout: int = START) -> "list[subprocess.Popen[str]]":
+        address = f"localhost:{free_port()}"
+        command = [
+            "-m", "dec_diffusion.main", "--config=neural_mixture:blobs",
+            f"--workdir={tmp_path / 'run'}", "--config.method.iterations=100000",
+            "--config.method.steps=1", "--config.train.checkpoint_every=5",
+            "--config.train.evaluate_every=100000", f"--distributed_timeout={timeout}",
+            f"--coordinator={address}", "--num_processes=2", *more,
+        ]  # fmt: skip
+        started.extend(start([*command, f"--process_id={i}"], 1) for i in range(count))
+        return started[-count:]
+
+    yield run
+    for process in started:
+        process.kill()
+        process.communicate()
+
+
+def iterations(workdir: pathlib.Path) -> int:
+    try:
+        return len((workdir / "metrics.jsonl").read_text().splitlines())
+    except FileNotFoundError:
+        return 0
+
+
+def wait_for(workdir: pathlib.Path, count: int) -> None:
+    deadline = time.monotonic() + 300
+    while iterations(workdir) < count:
+        assert time.monotonic() < deadline, "the run makes no progress"
+        time.sleep(0.1)
+
+
+def checkpoints(workdir: pathlib.Path) -> list[int]:
+    return sorted(int(p.name) for p in (workdir / "checkpoints").iterdir() if p.name.isdigit())
+
+
+def test_processes_stop_together_and_the_same_commands_go_on(pod, tmp_path):
+    workdir = tmp_path / "run"
+    processes = pod()
+    wait_for(workdir, 3)
+    processes[1].send_signal(signal.SIGTERM)  # one is asked, both stop
+    outputs = finish(processes)
+    assert [p.returncode for p in processes] == [main.STOPPED] * 2, outputs
+    stopped = int(re.findall(r"stopped at step (\d+)", outputs[0])[0])
+    assert checkpoints(workdir)[-1] == iterations(workdir) == stopped
+    # The same commands; one of the processes is lost.
+    processes = pod()
+    wait_for(workdir, stopped + 6)
+    processes[1].kill()
+    before = time.monotonic()
+    output = finish(processes)[0]
+    assert time.monotonic() - before < START
+    assert f"resuming at step {stopped}" in output
+    assert processes[0].returncode == 1, output
+    assert output.count("error: ") == 1 and "another process" in output.splitlines()[-1]
+    # And again, from the last checkpoint.
+    kept = checkpoints(workdir)[-1]
+    assert kept > stopped
+    processes = pod()
+    wait_for(workdir, kept + 1)
+    for process in processes:
+        process.send_signal(signal.SIGTERM)
+    outputs = finish(processes)
+    assert f"resuming at step {kept}" in outputs[0]
+    assert [p.returncode for p in processes] == [main.STOPPED] * 2, outputs
+
+
+# -- pods that cannot form --
+
+
+def test_a_process_alone_gives_up_in_one_line(pod):
+    processes = pod(count=1, timeout=3)
+    (output,) = finish(processes)
+    errors = [line for line in output.splitlines() if line.startswith("error: ")]
+    assert processes[0].returncode == 2, output
+    assert len(errors) == 1 and "2 processes did not come together within 3 s" in errors[0]
+
+
+def test_processes_with_different_settings_are_refused(tmp_path):
+    address = f"localhost:{free_port()}"
+    command = [
+        "-m", "dec_diffusion.main", "--config=neural_mixture:blobs", f"--workdir={tmp_path / 'w'}",
+        f"--coordinator={address}", "--num_processes=2", f"--distributed_timeout={START}",
+    ]  # fmt: skip
+    processes = [start([*command, f"--process_id={i}", f"--config.seed={i}"], 1) for i in range(2)]
+    outputs = finish(processes)
+    assert processes[1].returncode == 2
+    assert "--config.seed=1: process 0 was started with 0" in outputs[1]
+    assert processes[0].returncode == 2, outputs[0]
+    assert not (tmp_path / "w").exists()
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (["--coordinator=h:1"], "--num_processes is missing: it goes with --coordinator"),
+        (["--process_id=0"], "--coordinator is missing"),
+        (["--coordinator=h:1", "--num_processes=2"], "--process_id is missing"),
+        (["--coordinator=h:1", "--num_processes=2", "--process_id=2"], "between 0 and 1"),
+        (["--coordinator=h:1", "--num_processes=2", "--process_id=-1"], "between 0 and 1"),
+        (["--coordinator=h:1", "--num_processes=0", "--process_id=0"], "at least 1"),
+        (["--coordinator=h", "--num_processes=2", "--process_id=0"], "write HOST:PORT"),
+        (["--coordinator=h:99999", "--num_processes=2", "--process_id=0"], "write HOST:PORT"),
+        (["--coordinator=h:1", "--distributed=off"], "contradicts --distributed=off"),
+        (["--distributed_timeout=0"], "at least 1 second"),
+        (["--distributed=maybe"], "auto|on|off"),
+    ],
+)
+def test_half_of_a_pod_is_refused(given, message):
+    with pytest.raises(flags.Error, match=re.escape(message)):
+        options.parse(["main", "--config=clusterddpm", *given])
