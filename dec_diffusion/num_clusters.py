@@ -72,8 +72,8 @@ class Choice(NamedTuple):
 def choose(
     x: np.ndarray,
     *,
-    offset: np.ndarray | float = 0.0,
-    scale: np.ndarray | float = 1.0,
+    offset: np.ndarray | np.floating | float = 0.0,
+    scale: np.ndarray | np.floating | float = 1.0,
     seed: int = 0,
 ) -> Choice:
     """Choose K.
