@@ -39,6 +39,9 @@ NEIGHBOURS = 30
 SHALLOW = 0.3
 """Valleys from here on do not part two clusters."""
 
+Graph = Any
+"""A ``scipy.sparse.csr_array`` [n, n], of whose members type checkers know nothing."""
+
 _HALVINGS = 3  # of two groups, to average the depth of their valley
 _POINTS = 41  # at which a density is computed
 
@@ -150,7 +153,7 @@ def principal_axes(x: np.ndarray, most: int) -> np.ndarray:
     return PCA(most, svd_solver="randomized", random_state=0).fit_transform(x)
 
 
-def shared_neighbours(z: np.ndarray, k: int) -> sparse.csr_array:
+def shared_neighbours(z: np.ndarray, k: int) -> Graph:
     """The graph of equation (1) of vectors [n, d] with ``k`` neighbours each: [n, n], no loops."""
     from sklearn.neighbors import NearestNeighbors
 
@@ -163,7 +166,7 @@ def shared_neighbours(z: np.ndarray, k: int) -> sparse.csr_array:
     return sparse.csr_array(jaccard.multiply(near.maximum(near.T)))
 
 
-def communities(graph: sparse.csr_array, rng: np.random.Generator) -> np.ndarray:
+def communities(graph: Graph, rng: np.random.Generator) -> np.ndarray:
     """Labels int64 [n] of great modularity, equation (2): nodes move, then what they formed."""
     labels = np.arange(graph.shape[0])
     while True:
@@ -175,7 +178,7 @@ def communities(graph: sparse.csr_array, rng: np.random.Generator) -> np.ndarray
         graph = sparse.csr_array(member.T @ graph @ member)
 
 
-def _moved(graph: sparse.csr_array, rng: np.random.Generator) -> np.ndarray:
+def _moved(graph: Graph, rng: np.random.Generator) -> np.ndarray:
     """The community of each node after moving them one by one, until hardly any gains by it."""
     n = graph.shape[0]
     strength = np.asarray(graph.sum(1)).ravel()
@@ -206,13 +209,13 @@ def _moved(graph: sparse.csr_array, rng: np.random.Generator) -> np.ndarray:
     return np.unique(home, return_inverse=True)[1]
 
 
-def smooth(z: np.ndarray, graph: sparse.csr_array) -> np.ndarray:
+def smooth(z: np.ndarray, graph: Graph) -> np.ndarray:
     """Equation (3)."""
     return (z + graph @ z) / (1 + np.asarray(graph.sum(1)).reshape(-1, 1))
 
 
 def merge(
-    z: np.ndarray, graph: sparse.csr_array, labels: np.ndarray, rng: np.random.Generator
+    z: np.ndarray, graph: Graph, labels: np.ndarray, rng: np.random.Generator
 ) -> tuple[list[int], list[float], list[tuple[int, int]]]:
     """Equation (6), without end.
 
