@@ -17,6 +17,7 @@ from dec_diffusion import config as configs
 from dec_diffusion import data, report, results, seeds, train, workdir
 from dec_diffusion.config import Config
 from dec_diffusion.data import DataConfig, Dataset
+from dec_diffusion.networks import onednn
 from dec_diffusion.train import Run
 from dec_diffusion.types import InputError
 from dec_diffusion.workdir import Workdir
@@ -34,9 +35,10 @@ def run(options: "Options") -> None:
     """
     started = time.monotonic()
     verbose = 0 if options.quiet else 1
-    _keep_compiled_programs()
     config = load_config(options)
     configs.check(config)
+    if not _trains_faster_uncached(config):
+        _keep_compiled_programs()
     path = options.workdir or str(Path("runs") / config.name) + "-seeds" * bool(options.seeds)
     if options.mode == "train":
         if options.seeds:
@@ -55,6 +57,16 @@ def run(options: "Options") -> None:
         said = _evaluate(trained, place, home, started, verbose)
     if verbose:
         print(said)
+
+
+def _trains_faster_uncached(config: Config) -> bool:
+    """Whether wide convolutions can use oneDNN, which rules out keeping their programs.
+
+    The official network takes 15 seconds to compile on a CPU, and hours to train.
+    """
+    method: Any = config.method
+    wide = getattr(method, "width", 0) >= onednn.LEAST_CHANNELS
+    return wide and getattr(method, "network", "") == "official" and onednn.usable()
 
 
 def _keep_compiled_programs() -> None:

@@ -10,6 +10,7 @@ calls are no documented interface of jaxlib, so they are made only where they ha
 """
 
 import functools
+import importlib.metadata
 import json
 import math
 import platform
@@ -17,7 +18,6 @@ import sys
 
 import jax
 import jax.numpy as jnp
-import jaxlib
 
 from dec_diffusion.types import Array
 
@@ -32,7 +32,7 @@ _ROWS = 1568
 def usable() -> bool:
     """Whether the calls can be made in this process, as it is configured now."""
     return (
-        jaxlib.__version__ in TRIED
+        importlib.metadata.version("jaxlib") in TRIED
         and sys.platform == "linux"
         and platform.machine() == "x86_64"
         and jax.default_backend() == "cpu"
