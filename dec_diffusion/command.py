@@ -20,6 +20,7 @@ from dec_diffusion.data import DataConfig, Dataset
 from dec_diffusion.distributed import Pod
 from dec_diffusion.evaluate import Assignment
 from dec_diffusion.interrupt import Stop
+from dec_diffusion.networks import onednn
 from dec_diffusion.train import Run
 from dec_diffusion.types import InputError
 from dec_diffusion.workdir import Workdir
@@ -39,7 +40,6 @@ def run(options: "Options") -> None:
     """
     started = time.monotonic()
     verbose = 0 if options.quiet else 1
-    _keep_compiled_programs()
     config = load_config(options)
     configs.check(config)
     path = options.workdir or str(Path("runs") / config.name) + "-seeds" * bool(options.seeds)
@@ -47,6 +47,9 @@ def run(options: "Options") -> None:
         asked = {"mode": options.mode, "workdir": path, "seeds": options.seeds}
         asked |= {f"config.{name}": value for name, value in configs.flatten(config).items()}
         distributed.check_same(asked)
+        # Only now: what follows asks for the devices.
+        if not _trains_faster_uncached(config):
+            _keep_compiled_programs()
         if options.mode == "train":
             _train(options, config, path, verbose)
         else:
@@ -89,6 +92,16 @@ def _use(mode: str, config: Config, path: str, started: float, verbose: int) -> 
             said = _evaluate(trained, dataset, assignment, place, home, known, started)
     if verbose:
         print(said)
+
+
+def _trains_faster_uncached(config: Config) -> bool:
+    """Whether wide convolutions can use oneDNN, which rules out keeping their programs.
+
+    The official network takes 15 seconds to compile on a CPU, and hours to train.
+    """
+    method: Any = config.method
+    wide = getattr(method, "width", 0) >= onednn.LEAST_CHANNELS
+    return wide and getattr(method, "network", "") == "official" and onednn.usable()
 
 
 def _keep_compiled_programs() -> None:

@@ -1,6 +1,11 @@
 """Layers against flax, lax and NumPy; networks against what their docstrings promise."""
 
 import functools
+import importlib.metadata
+import os
+import platform
+import subprocess
+import sys
 
 import flax.linen as nn
 import jax
@@ -9,7 +14,7 @@ import numpy as np
 import pytest
 from flax import traverse_util
 
-from dec_diffusion.networks import as_network, clusterddpm_networks
+from dec_diffusion.networks import as_network, clusterddpm_networks, onednn
 from dec_diffusion.networks.encoder import Encoder, Gaussian
 from dec_diffusion.networks.layers import (
     BlockUpsample,
@@ -103,6 +108,61 @@ def test_forms_of_convolution_agree_in_value_and_gradients(size, stride):
         for parts in found.values():
             for part, correct in zip(parts, expected, strict=True):
                 np.testing.assert_allclose(part, correct, rtol=1e-4, atol=1e-4)
+
+
+_ONEDNN = """
+import functools, sys
+import jax, jax.numpy as jnp, numpy as np
+from dec_diffusion.networks.layers import conv2d, conv_form
+
+assert conv_form((6, 9, 7, 64), 1, features=64) == "onednn"
+assert conv_form((6, 9, 7, 64), 1, features=63) == "canonical"
+assert conv_form((6, 9, 7, 64), 1, features=64, dtype=jnp.bfloat16) == "canonical"
+rng = np.random.default_rng(0)
+for size, features in [(3, 128), (5, 64)]:
+    x = jnp.asarray(rng.normal(size=(6, 9, 7, 64)), jnp.float32)
+    kernel = jnp.asarray(rng.normal(size=(size, size, 64, features)), jnp.float32)
+
+    @functools.partial(jax.jit, static_argnums=0)
+    def compare(form, x, kernel):
+        def body(carry, x):
+            out, back = jax.vjp(functools.partial(conv2d, form=form), x, kernel)
+            return carry, (out, *back(jnp.sin(jnp.arange(out.size * 1.0)).reshape(out.shape)))
+
+        return jax.lax.scan(body, None, x[None])[1]
+
+    for part, correct in zip(compare(None, x, kernel), compare("lax", x, kernel), strict=True):
+        error = np.abs(part - correct).max() / np.abs(correct).max()
+        assert error < 1e-5, (size, features, error)
+"""
+
+
+@pytest.mark.skipif(
+    sys.platform != "linux"
+    or platform.machine() != "x86_64"
+    or importlib.metadata.version("jaxlib") not in onednn.TRIED
+    or jax.default_backend() != "cpu",
+    reason="these calls are made on tried releases for Linux on x86-64 only",
+)
+def test_wide_layers_by_onednn_are_convolutions():
+    # A process of its own, because a cache of compiled programs switches the form off.
+    env = {
+        k: v for k, v in os.environ.items() if k not in ("JAX_COMPILATION_CACHE_DIR", "XLA_FLAGS")
+    }
+    done = subprocess.run([sys.executable, "-c", _ONEDNN], env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+
+
+def test_a_compilation_cache_or_an_untried_release_switches_onednn_off(monkeypatch, tmp_path):
+    before = jax.config.jax_compilation_cache_dir
+    try:
+        jax.config.update("jax_compilation_cache_dir", str(tmp_path))
+        assert not onednn.usable()
+        jax.config.update("jax_compilation_cache_dir", None)
+        monkeypatch.setattr(onednn, "TRIED", ())
+        assert not onednn.usable()
+    finally:
+        jax.config.update("jax_compilation_cache_dir", before)
 
 
 @pytest.mark.parametrize(("form", "stride"), [("lax", 1), ("canonical", 1), ("im2col", 2)])

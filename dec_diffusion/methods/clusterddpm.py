@@ -28,7 +28,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from dec_diffusion import gmm, optimiser, sampling, schedule, views
+from dec_diffusion import gmm, optimiser, parts, sampling, schedule, views
 from dec_diffusion.gmm import Mixture
 from dec_diffusion.method import DataSpec, EStage, Method, Phase, Rule, check_settings
 from dec_diffusion.networks import Network, clusterddpm_networks
@@ -280,45 +280,66 @@ def _method(
         uniform = jax.random.bernoulli(choice_key, s.uniform_noise, (n,))
         return jnp.where(uniform, grid.log_snr[index], normal)
 
-    def denoising_error(params: Params, x: Array, z: Array, key: PRNGKeyArray) -> Array:
-        level_key, noise_key, drop_key = jax.random.split(key, 3)
-        log_snr = draw_noise_levels(level_key, x.shape[0])
-        eps = jax.random.normal(noise_key, x.shape)
-        keep = jax.random.bernoulli(drop_key, 1.0 - s.drop_latent, x.shape[:1])
+    def draw(batch: Batch, key: PRNGKeyArray) -> dict[str, Array]:
+        """What a loss needs of a batch, its randomness included, each [b, ...]."""
+        view_key, z_key, noise_key = jax.random.split(key, 3)
+        level_key, eps_key, drop_key = jax.random.split(noise_key, 3)
+        x = ranged(batch)
+        b = x.shape[0]
+        return {
+            "x": x,
+            "view": views.apply(x, view_key, view),
+            "log_snr": draw_noise_levels(level_key, b),
+            "eps": jax.random.normal(eps_key, x.shape),
+            "keep": jax.random.bernoulli(drop_key, 1.0 - s.drop_latent, (b,)).astype(jnp.float32),
+            "z_noise": jax.random.normal(z_key, (b, s.latent)),
+        }
+
+    def terms(params: Params, drawn: dict[str, Array]) -> tuple[Array, Array, Array]:
+        """Posterior mean and variance, and the error of the denoiser, all per example."""
+        mean, variance = encode(params, drawn["view"])
+        z = mean + jnp.sqrt(variance) * drawn["z_noise"]
+        x, eps, log_snr = drawn["x"], drawn["eps"], drawn["log_snr"]
         x_t = schedule.add_noise(x, eps, log_snr)
         target = schedule.target(x, eps, log_snr, prediction=prediction)
-        out = denoiser.apply(params["denoiser"], x_t, level(log_snr), z, keep.astype(jnp.float32))
-        return jnp.sum(jnp.square(target - out), axis=tuple(range(1, x.ndim)))
+        out = denoiser.apply(params["denoiser"], x_t, level(log_snr), z, drawn["keep"])
+        return mean, variance, jnp.sum(jnp.square(target - out), axis=tuple(range(1, x.ndim)))
 
-    def terms(params: Params, batch: Batch, key: PRNGKeyArray) -> tuple[Array, Array, Array]:
-        """Posterior mean and variance, and the error of the denoiser, all per example."""
-        view_key, z_key, noise_key = jax.random.split(key, 3)
-        x = ranged(batch)
-        mean, variance = encode(params, views.apply(x, view_key, view))
-        z = mean + jnp.sqrt(variance) * jax.random.normal(z_key, mean.shape)
-        return mean, variance, denoising_error(params, x, z, noise_key)
+    def means(function: parts.Means, params: Params, drawn: dict[str, Array]) -> Any:
+        widest = spec.shape[0] * spec.shape[1] * s.width if spec.is_image else s.width
+        number = parts.count(drawn["x"].shape[0], widest * jnp.dtype(s.dtype).itemsize)
+        return parts.mean(function, number)(params, drawn)
 
     def pretrain_loss(
         params: Params, cluster: Mixture, batch: Batch, key: PRNGKeyArray, progress: Array
     ) -> tuple[Array, tuple[Mixture, Metrics]]:
-        mean, variance, error = terms(params, batch, key)
-        kl = 0.5 * jnp.sum(mean**2 + variance - 1.0 - jnp.log(variance), axis=-1).mean()
-        loss = error.mean() + s.pretrain_kl * kl
-        return loss, (cluster, {"denoising": error.mean(), "kl": kl})
+        def function(params: Params, drawn: dict[str, Array]) -> tuple[Array, Metrics]:
+            mean, variance, error = terms(params, drawn)
+            kl = 0.5 * jnp.sum(mean**2 + variance - 1.0 - jnp.log(variance), axis=-1).mean()
+            return error.mean() + s.pretrain_kl * kl, {"denoising": error.mean(), "kl": kl}
+
+        loss, metrics = means(function, params, draw(batch, key))
+        return loss, (cluster, metrics)
 
     def em_loss(
         params: Params, cluster: Mixture, batch: Batch, key: PRNGKeyArray, progress: Array
     ) -> tuple[Array, tuple[Mixture, Metrics]]:
-        loss_key, z_key = jax.random.split(key)
-        mean, variance, error = terms(params, batch, loss_key)
-        if s.responsibilities == "closed_form":
-            kl = gmm.mixture_kl_bound(cluster, mean, variance).mean()
-        else:
-            z = mean + jnp.sqrt(variance) * jax.random.normal(z_key, mean.shape)
-            kl = sampled_kl(cluster, mean, variance, z).mean()
         weight = em_weight * jnp.minimum(1.0, progress / s.kl_warmup if s.kl_warmup else 1.0)
-        loss = error.mean() + weight * kl
-        return loss, (cluster, {"denoising": error.mean(), "kl": kl, "kl_weight": weight})
+
+        def function(params: Params, drawn: dict[str, Array]) -> tuple[Array, Metrics]:
+            mean, variance, error = terms(params, drawn)
+            if s.responsibilities == "closed_form":
+                kl = gmm.mixture_kl_bound(cluster, mean, variance).mean()
+            else:
+                z = mean + jnp.sqrt(variance) * drawn["second"]
+                kl = sampled_kl(cluster, mean, variance, z).mean()
+            return error.mean() + weight * kl, {"denoising": error.mean(), "kl": kl}
+
+        loss_key, z_key = jax.random.split(key)
+        drawn = draw(batch, loss_key)
+        drawn["second"] = jax.random.normal(z_key, drawn["z_noise"].shape)
+        loss, metrics = means(function, params, drawn)
+        return loss, (cluster, metrics | {"kl_weight": weight})
 
     def collect(params: Params, cluster: Mixture, batch: Batch, key: PRNGKeyArray) -> Any:
         mean, variance = encode(params, ranged(batch))

@@ -9,6 +9,7 @@ different encoders.
 from typing import Any
 
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
 
 from dec_diffusion.networks.layers import BlockUpsample, Conv, Norm, average_pool
@@ -108,7 +109,9 @@ class OfficialEncoder(nn.Module):
 
 
 def _gelu(x: Array) -> Array:
-    return nn.gelu(x, approximate=False)
+    # By erf; flax's takes erfc, which costs several times as much and differs only where the
+    # result is next to nothing.
+    return 0.5 * x * (1.0 + jax.lax.erf(x * 0.7071067811865476))
 
 
 def _max_pool(x: Array) -> Array:
