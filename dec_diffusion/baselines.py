@@ -17,10 +17,14 @@ the rows fitted. So the input may be mapped from a file larger than memory. Inpu
 first: neither method sees a shift, but float32 squares do. Arrays above ``MAX_DOUBLE`` elements are
 taken in float32 to halve the memory, others in float64.
 
+* UMAP to ``UMAP_AXES`` dimensions (15 neighbours, no distance kept between points), then k-means
+  as above; only where the extra ``umap`` is installed.
+
 No global state is touched (random numbers, warnings, thread pools), so calls may run in threads.
 The same seed gives the same result up to the order of floating-point sums inside the thread pool.
 """
 
+import importlib.util
 import time
 from collections.abc import Callable
 from typing import Any, TypedDict
@@ -36,6 +40,9 @@ LARGE = 20_000
 
 VARIANCE_FLOOR = 0.1
 """Added to each variance of the mixture, in units of the mean feature variance."""
+
+UMAP_AXES = 10
+"""Dimensions that UMAP keeps for k-means; two are for looking at."""
 
 MAX_DOUBLE = 2**25
 """Elements above which an input is fitted in float32."""
@@ -72,7 +79,7 @@ def baselines(
     limit: int | None = None,
     scale: ArrayLike | None = None,
 ) -> dict[str, Baseline]:
-    """Both baselines on scaled inputs: ``kmeans_pixels`` and ``gmm_pixels``.
+    """The baselines on scaled inputs: ``kmeans_pixels``, ``gmm_pixels``, perhaps ``umap_pixels``.
 
     Args:
         x_flat: [n, d] finite inputs.
@@ -85,9 +92,12 @@ def baselines(
     Raises:
         InputError: wrong shape, non-finite values, or k or ``limit`` out of range.
     """
+    methods = {"kmeans_pixels": kmeans_on, "gmm_pixels": gmm_on}
+    if importlib.util.find_spec("umap"):
+        methods["umap_pixels"] = umap_on
     return {
-        "kmeans_pixels": kmeans_on(x_flat, k, labels_true, seed=seed, limit=limit, scale=scale),
-        "gmm_pixels": gmm_on(x_flat, k, labels_true, seed=seed, limit=limit, scale=scale),
+        name: method(x_flat, k, labels_true, seed=seed, limit=limit, scale=scale)
+        for name, method in methods.items()
     }
 
 
@@ -153,6 +163,42 @@ def gmm_on(
             "converged": bool(model.converged_),
         }
         return model.predict, settings
+
+    return _run(fit, embedding, k, labels_true, seed, limit, scale)
+
+
+def umap_on(
+    embedding: ArrayLike,
+    k: int,
+    labels_true: ArrayLike | None = None,
+    *,
+    seed: int,
+    limit: int | None = None,
+    scale: ArrayLike | None = None,
+) -> Baseline:
+    """k-means on a UMAP embedding of any vectors [n, d]; arguments as `baselines`.
+
+    Raises:
+        ImportError: the extra ``umap`` is not installed.
+    """
+
+    def fit(fitted: np.ndarray) -> tuple[Predict, dict[str, Any]]:
+        from sklearn.cluster import KMeans
+        from umap import UMAP  # pyright: ignore[reportMissingImports]
+
+        axes, near = min(UMAP_AXES, fitted.shape[1]), min(15, len(fitted) - 1)
+        reducer = UMAP(
+            n_components=axes,
+            n_neighbors=near,
+            min_dist=0.0,
+            init="pca",
+            random_state=seed,
+            n_jobs=1,
+        ).fit(fitted)
+        model = KMeans(k, n_init=10, max_iter=300, random_state=seed)  # pyright: ignore[reportArgumentType]
+        model.fit(reducer.embedding_)
+        settings = {"method": "UMAP, then k-means", "axes": axes, "neighbours": near, "starts": 10}
+        return lambda rows: model.predict(reducer.transform(rows)), settings
 
     return _run(fit, embedding, k, labels_true, seed, limit, scale)
 

@@ -8,7 +8,7 @@ import numpy as np
 from scipy.special import entr
 
 from dec_diffusion import metrics, parallel
-from dec_diffusion.baselines import baselines, kmeans_on
+from dec_diffusion.baselines import baselines, gmm_on, kmeans_on
 from dec_diffusion.data import Dataset
 from dec_diffusion.engine import TrainState
 from dec_diffusion.method import Method
@@ -84,18 +84,15 @@ def score_labels(
 def compare(
     dataset: Dataset, assignment: Assignment, num_clusters: int, *, seed: int
 ) -> dict[str, Any]:
-    """Shallow baselines on the same data: on the inputs, and k-means on the learned latents."""
+    """Shallow baselines on the same data: on the inputs, and on the learned latents."""
     flat = dataset.examples.reshape(dataset.num_examples, -1)
     scale = None if dataset.is_image else dataset.scale
     truth = dataset.labels
     found = dict(baselines(flat, num_clusters, truth, seed=seed, limit=_BASELINE_ROWS, scale=scale))
-    found["kmeans_latents"] = kmeans_on(
-        assignment.embedding,
-        num_clusters,
-        truth,
-        seed=seed,
-        limit=_BASELINE_ROWS,
-    )
+    for name, method in (("kmeans_latents", kmeans_on), ("gmm_latents", gmm_on)):
+        found[name] = method(
+            assignment.embedding, num_clusters, truth, seed=seed, limit=_BASELINE_ROWS
+        )
     return {
         name: {key: value for key, value in result.items() if key != "labels"}
         for name, result in found.items()

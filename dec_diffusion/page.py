@@ -61,7 +61,9 @@ _SCORES = {
 _BASELINES = {
     "kmeans_pixels": "k-means on the {inputs}",
     "gmm_pixels": "Gaussian mixture on the {inputs}",
+    "umap_pixels": "k-means on a UMAP embedding of the {inputs}",
     "kmeans_latents": "k-means on the learned features",
+    "gmm_latents": "Gaussian mixture on the learned features",
     "kmeans_at_cell": "k-means on the features found by the search, before fine-tuning",
 }
 
