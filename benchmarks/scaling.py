@@ -31,7 +31,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from benchmarks import collectives
-from dec_diffusion import command, engine, main, parallel, train
+from dec_diffusion import command, engine, options, parallel, train
 from dec_diffusion.config import Config
 from dec_diffusion.method import DataSpec, Method, Phase
 from dec_diffusion.types import Batch
@@ -110,7 +110,7 @@ def _sizes(text: str) -> tuple[int, ...]:
 
 def load(arguments: list[str]) -> Config:
     """The config of a command line."""
-    return command.load_config(main.parse(["scaling", *arguments]))
+    return command.load_config(options.parse(["scaling", *arguments]))
 
 
 # -- measured --

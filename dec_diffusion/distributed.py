@@ -96,7 +96,7 @@ def joined(pod: Pod, *, verbose: bool = True) -> Iterator[None]:
         watch.cancel()
     try:
         yield
-    except (ValueError, RuntimeError) as error:
+    except (ValueError, RuntimeError, TimeoutError) as error:
         if isinstance(error, InputError):
             _leave()
         elif _means_lost(error):
@@ -168,17 +168,18 @@ def check_same(settings: Mapping[str, Any]) -> None:
     """Check that all processes were given the same settings.
 
     Raises:
-        InputError: naming the first that differs.
+        InputError: in every process, naming the first that differs.
     """
     own = json.dumps(settings, sort_keys=True, default=str)
-    first = json.loads(exchange("config", own)[0])
-    for name in sorted({*first, *json.loads(own)}):
-        here, there = json.loads(own).get(name), first.get(name)
-        if here != there:
-            raise InputError(
-                f"--{name}={here}: process 0 was started with {there}; give all processes the "
-                "same command"
-            )
+    first, *others = map(json.loads, exchange("config", own))
+    for number, other in enumerate(others, 1):
+        for name in sorted({*first, *other}):
+            here, there = other.get(name), first.get(name)
+            if here != there:
+                raise InputError(
+                    f"--{name}={here}: given to process {number}, process 0 was started with "
+                    f"{there}; give all processes the same command"
+                )
 
 
 def is_first() -> bool:
@@ -264,8 +265,12 @@ def _means_lost(error: Exception) -> bool:
 
 
 def _leave() -> None:
-    """Say goodbye, so that no process takes another's end for its death."""
-    with contextlib.suppress(RuntimeError, ValueError):
+    """Say goodbye, so that no process takes another's end for its death.
+
+    Only if all do: alone, JAX would wait, and then end the process with a stack trace.
+    """
+    with contextlib.suppress(InputError, RuntimeError, ValueError):
+        exchange("end", "", timeout=_MAX_SHUTDOWN)
         jax.distributed.shutdown()
 
 

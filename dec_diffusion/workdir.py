@@ -631,7 +631,9 @@ class Checkpoints:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        self.close()
+        # The save under way would wait for it.
+        if not _other_process_lost(error):
+            self.close()
 
     def _read(self, step: int) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
         """The meta and the arrays of a step; raises anything if the files are not as saved."""
@@ -759,10 +761,19 @@ def _failed_saves_reported(folder: pathlib.Path) -> Iterator[None]:
     try:
         yield
     except (OSError, ValueError, RuntimeError) as error:
+        if _other_process_lost(error):
+            raise
         raise InputError(
             f"{folder}: a checkpoint could not be written ({_first_line(error)}); make room "
             "there, then run the same command again"
         ) from error
+
+
+def _other_process_lost(error: BaseException | None) -> bool:
+    """Whether a failure may be that of another process, and not of this one's disk."""
+    kinds = (RuntimeError, ValueError, TimeoutError)
+    several = jax.process_count() > 1
+    return several and isinstance(error, kinds) and not isinstance(error, InputError)
 
 
 def _first_line(error: BaseException) -> str:

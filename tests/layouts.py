@@ -1,7 +1,7 @@
-"""Trains all three methods for a few iterations on whatever devices and processes there are.
+"""Trains a method for a few iterations on whatever devices and processes there are.
 
-``python tests/layouts.py FOLDER ITERATIONS [COORDINATOR COUNT ID]`` leaves, for each method, a
-workdir stopped after that many iterations of the whole run, and ``METHOD.npz`` with its clusters
+``python tests/layouts.py FOLDER METHOD ITERATIONS [COORDINATOR COUNT ID]`` leaves a
+workdir stopped after that many further iterations, and ``METHOD.npz`` with its clusters
 and assignments as this layout computes them. A run in the folder is resumed.
 """
 
@@ -112,7 +112,7 @@ def statistics(name: str, state: engine.TrainState) -> list[jax.Array]:
     return [found.log_prior, norm.variance, norm.log_constant, found.score, found.temperature]
 
 
-def main(folder: pathlib.Path, iterations: int, pod: distributed.Pod) -> None:
+def main(folder: pathlib.Path, name: str, iterations: int, pod: distributed.Pod) -> None:
     compilations = []
 
     def count(event: str, duration_secs: float, **_: object) -> None:
@@ -122,24 +122,23 @@ def main(folder: pathlib.Path, iterations: int, pod: distributed.Pod) -> None:
     with distributed.joined(pod):
         jax.monitoring.register_event_duration_secs_listener(count)
         dataset = examples()
-        for name in METHODS:
-            stop = After(iterations, lambda: len(compilations))
-            with contextlib.suppress(StoppedError):
-                train.fit(settings(name), folder / name, dataset=dataset, verbose=0, stop=stop)
-            run = train.load(folder / name)
-            found = train.assign(run, dataset)
-            clusters = statistics(name, run.state)
-            if jax.process_index() == 0:
-                np.savez(
-                    folder / f"{name}.npz",
-                    *map(np.asarray, clusters),
-                    labels=found.labels,
-                    responsibilities=found.responsibilities,
-                    compiled=stop.counts,
-                )
+        stop = After(iterations, lambda: len(compilations))
+        with contextlib.suppress(StoppedError):
+            train.fit(settings(name), folder / name, dataset=dataset, verbose=0, stop=stop)
+        run = train.load(folder / name)
+        found = train.assign(run, dataset)
+        clusters = statistics(name, run.state)
+        if jax.process_index() == 0:
+            np.savez(
+                folder / f"{name}.npz",
+                *map(np.asarray, clusters),
+                labels=found.labels,
+                responsibilities=found.responsibilities,
+                compiled=stop.counts,
+            )
 
 
 if __name__ == "__main__":
-    out, count, *rest = sys.argv[1:]
+    out, method, count, *rest = sys.argv[1:]
     pod = distributed.Pod("on", rest[0], int(rest[1]), int(rest[2]), 60) if rest else None
-    main(pathlib.Path(out), int(count), pod or distributed.Pod("off"))
+    main(pathlib.Path(out), method, int(count), pod or distributed.Pod("off"))

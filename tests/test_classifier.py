@@ -120,7 +120,7 @@ def test_forms_of_convolution_agree_in_a_residual_block(stride, monkeypatch):
         return jax.jit(jax.grad(loss, argnums=(0, 1)))(params, x)
 
     fast = gradients()
-    monkeypatch.setattr(layers, "conv_form", lambda *_: "lax")
+    monkeypatch.setattr(layers, "conv_form", lambda *_, **__: "lax")
     assert_close = lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4)  # noqa: E731
     jax.tree.map(assert_close, fast, gradients())
     out = block.apply(params, x)

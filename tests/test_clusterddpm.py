@@ -222,7 +222,15 @@ VARIANTS = {
 }
 
 
-@pytest.mark.parametrize("name", VARIANTS)
+@pytest.mark.parametrize(
+    "name",
+    [
+        name
+        if name in ("default", "as the official code", "vectors")
+        else pytest.param(name, marks=pytest.mark.slow)
+        for name in VARIANTS
+    ],
+)
 def test_every_variant_trains_predicts_and_samples(name):
     shape, settings = VARIANTS[name]
     data = examples(shape=shape)

@@ -838,6 +838,7 @@ def test_published_usps():
     assert counts.tolist() == [1553, 1269, 929, 824, 852, 716, 834, 792, 708, 821]
 
 
+@pytest.mark.slow
 def test_a_tfds_data_set_trains(tfds_dir, tmp_path):
     method = ClusterDDPM(
         num_clusters=3,

@@ -1,5 +1,6 @@
 """Layouts: one device, many, and several real processes give the same run, and stop together."""
 
+import functools
 import os
 import pathlib
 import re
@@ -19,6 +20,10 @@ from dec_diffusion import main, options
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 METHODS = ("clusterddpm", "diec", "neural_mixture")
+slow = pytest.mark.slow
+every_method = pytest.mark.parametrize(
+    "name", [pytest.param(m, marks=() if m == "neural_mixture" else slow) for m in METHODS]
+)
 START = 120  # seconds for processes of a loaded machine to come together
 
 # Simulated devices of one process, and processes on this machine.
@@ -71,11 +76,11 @@ class Outcome(NamedTuple):
     compiled: np.ndarray
 
 
-def train(folder: pathlib.Path, layout: Layout, iterations: int) -> dict[str, Outcome]:
-    """Run ``layouts.py`` with so many processes of so many devices; what each method came to."""
+def train(folder: pathlib.Path, layout: Layout, iterations: int, name: str) -> Outcome:
+    """Run ``layouts.py`` with so many processes of so many devices; what the method came to."""
     folder.mkdir(exist_ok=True)
     count, devices = layout
-    script = [str(ROOT / "tests" / "layouts.py"), str(folder), str(iterations)]
+    script = [str(ROOT / "tests" / "layouts.py"), str(folder), name, str(iterations)]
     pod = [f"localhost:{free_port()}", str(count)] if count > 1 else []
     numbers = [[str(i)] for i in range(count)] if count > 1 else [[]]
     processes = [start([*script, *pod, *number], devices) for number in numbers]
@@ -83,7 +88,7 @@ def train(folder: pathlib.Path, layout: Layout, iterations: int) -> dict[str, Ou
     assert [p.returncode for p in processes] == [0] * count, "\n".join(outputs)
     for number, output in enumerate(outputs if count > 1 else []):
         assert f"process {number} of {count}: {devices} of {count * devices} cpu" in output
-    return {name: read(folder / f"{name}.npz") for name in METHODS}
+    return read(folder / f"{name}.npz")
 
 
 def read(path: pathlib.Path) -> Outcome:
@@ -102,40 +107,38 @@ def assert_same(found: Outcome, expected: Outcome) -> None:
 
 
 @pytest.fixture(scope="module")
-def eight(tmp_path_factory) -> dict[str, Outcome]:
-    """Four iterations in one process of eight devices."""
-    return train(tmp_path_factory.mktemp("runs") / "1x8", (1, 8), 4)
+def eight(tmp_path_factory) -> Callable[[str], Outcome]:
+    """Four iterations of a method in one process of eight devices."""
+
+    @functools.cache
+    def run(name: str) -> Outcome:
+        return train(tmp_path_factory.mktemp("runs"), (1, 8), 4, name)
+
+    return run
 
 
-@pytest.fixture(scope="module")
-def moved(tmp_path_factory) -> dict[str, Outcome]:
-    """Two in two processes of four devices, then two more in one process of one."""
-    folder = tmp_path_factory.mktemp("runs") / "moved"
-    half = train(folder, (2, 4), 2)
-    assert all(len(outcome.compiled) == 2 for outcome in half.values())
-    return train(folder, (1, 1), 4)
+@every_method
+def test_layouts_agree_and_restore_what_others_saved(name, eight, tmp_path):
+    # Two iterations in two processes of four devices, then two more in one process of one.
+    assert len(train(tmp_path, (2, 4), 2, name).compiled) == 2
+    assert_same(train(tmp_path, (1, 1), 2, name), eight(name))
+    assert len(np.unique(eight(name).labels)) > 1
 
 
-@pytest.mark.parametrize("name", METHODS)
-def test_layouts_agree_and_restore_what_others_saved(name, eight, moved):
-    assert_same(moved[name], eight[name])
-    assert len(np.unique(eight[name].labels)) > 1
-
-
-@pytest.mark.parametrize("name", METHODS)
+@every_method
 def test_nothing_is_compiled_after_the_first_iteration(name, eight):
     # The first phase has one iteration; those of the second come after.
-    counts = eight[name].compiled
+    counts = eight(name).compiled
     assert counts[-1] == counts[-2] and counts[0] > 0
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("name", METHODS)
 @pytest.mark.parametrize("layout", [(1, 1), (2, 4), (4, 2)])
-def test_every_layout_from_the_start(layout, eight, tmp_path):
-    found = train(tmp_path / "run", layout, 4)
-    for name in METHODS:
-        assert_same(found[name], eight[name])
-        assert found[name].compiled[-1] == found[name].compiled[-2]
+def test_every_layout_from_the_start(name, layout, eight, tmp_path):
+    found = train(tmp_path / "run", layout, 4, name)
+    assert_same(found, eight(name))
+    assert found.compiled[-1] == found.compiled[-2]
 
 
 # -- stopping --
@@ -182,6 +185,7 @@ def checkpoints(workdir: pathlib.Path) -> list[int]:
     return sorted(int(p.name) for p in (workdir / "checkpoints").iterdir() if p.name.isdigit())
 
 
+@pytest.mark.slow
 def test_processes_stop_together_and_the_same_commands_go_on(pod, tmp_path):
     workdir = tmp_path / "run"
     processes = pod()
@@ -204,8 +208,9 @@ def test_processes_stop_together_and_the_same_commands_go_on(pod, tmp_path):
     # And again, from the last checkpoint.
     kept = checkpoints(workdir)[-1]
     assert kept > stopped
+    before = iterations(workdir)  # a resumed run forgets those after its checkpoint
     processes = pod()
-    wait_for(workdir, kept + 1)
+    wait_for(workdir, before + 1)
     for process in processes:
         process.send_signal(signal.SIGTERM)
     outputs = finish(processes)
@@ -233,7 +238,7 @@ def test_processes_with_different_settings_are_refused(tmp_path):
     processes = [start([*command, f"--process_id={i}", f"--config.seed={i}"], 1) for i in range(2)]
     outputs = finish(processes)
     assert processes[1].returncode == 2
-    assert "--config.seed=1: process 0 was started with 0" in outputs[1]
+    assert "--config.seed=1: given to process 1, process 0 was started with 0" in outputs[1]
     assert processes[0].returncode == 2, outputs[0]
     assert not (tmp_path / "w").exists()
 

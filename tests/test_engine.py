@@ -534,6 +534,10 @@ def assert_same_run(t: Tiny, state: engine.TrainState, records: list[Any]) -> No
 
 
 every_method = pytest.mark.parametrize("name", METHODS)
+quick_methods = pytest.mark.parametrize(
+    "name",
+    [pytest.param(name, marks=pytest.mark.slow if name == "diec" else ()) for name in METHODS],
+)
 
 
 @every_method
@@ -547,7 +551,7 @@ def test_training_changes_everything_and_stays_finite(name):
     assert all(r["loss"].shape == (STEPS,) for r in t.records)
 
 
-@every_method
+@quick_methods
 def test_scanned_iterations_are_the_loop(name):
     t = tiny(name)
     state, metrics = scanned_iterations(t.phase, revive(t.states[0]), t.data)
@@ -567,7 +571,7 @@ def test_a_resumed_run_is_the_uninterrupted_one(name):
     assert_same(state, t.states[-1])
 
 
-@every_method
+@quick_methods
 def test_streamed_data_give_every_method_the_same_run(name, monkeypatch):
     t, data = tiny(name), place(resident=False)
     monkeypatch.setattr(feed, "_SUPERBATCH_BYTES", 2 * SWEEP * data.raw[:1].nbytes)

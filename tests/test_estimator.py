@@ -182,7 +182,13 @@ SLOW_IMAGES = [pytest.param(kind, "grey", marks=pytest.mark.slow) for kind in (C
 
 @pytest.mark.parametrize(
     ("kind", "form"),
-    [*((kind, "points") for kind in ALL), (NeuralMixture, "grey"), *SLOW_IMAGES],
+    [
+        (ClusterDDPM, "points"),
+        pytest.param(DiEC, "points", marks=pytest.mark.slow),
+        (NeuralMixture, "points"),
+        (NeuralMixture, "grey"),
+        *SLOW_IMAGES,
+    ],
 )
 def test_an_estimator_keeps_its_promises(kind, form):
     model, x = fitted(kind, form), ARRAYS[form]

@@ -52,6 +52,7 @@ def expected(workdir: pathlib.Path) -> dict[tuple[int, str], float]:
     }
 
 
+@pytest.mark.slow
 def test_events_are_the_metrics_from_the_start_whatever_happened(tmp_path):
     pytest.importorskip("tensorboardX")
     config = load_config(options.parse(["main", *SMALL]))

@@ -18,7 +18,7 @@ def test_the_tutorial_runs_and_shows_what_it_says(tmp_path):
     values = [_value(cell) for cell in cells]
     scores = next(value for value in values if isinstance(value, dict))
     assert scores["neural mixture"] > scores["k-means on the pixels"] > 0.75
-    assert next(value for value in values if isinstance(value, float)) > 0.9
+    assert next(value for value in values if isinstance(value, float)) > 0.8
     assert values[-1] is True
     pictures = [out for cell in cells for out in cell.outputs if "image/png" in out.get("data", {})]
     assert len(pictures) == 3
