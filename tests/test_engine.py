@@ -540,7 +540,7 @@ quick_methods = pytest.mark.parametrize(
 )
 
 
-@every_method
+@quick_methods
 def test_training_changes_everything_and_stays_finite(name):
     t = tiny(name)
     for leaf in jax.tree.leaves((t.states, t.records)):
