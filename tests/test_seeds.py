@@ -180,3 +180,18 @@ def test_runs_that_found_a_single_cluster_agree_with_nothing():
     assert seeds.agreement({0: one, 1: one, 2: one}) == {0: 0.0, 1: 0.0, 2: 0.0}
     assert seeds.agreement({0: one, 1: two, 2: 1 - two}) == {0: 0.0, 1: 0.5, 2: 0.5}
     assert seeds.agreement({3: two}) == {3: 0.0}
+
+
+@pytest.mark.slow
+def test_every_seed_chooses_its_own_number_of_clusters(tmp_path):
+    config = load_config(options.parse(["main", *SMALL, "--config.method.num_clusters=auto"]))
+    found = seeds.fit_seeds(config, tmp_path / "w", [0, 1], verbose=0)
+    plain = json.loads((found.path / "seeds.json").read_text())
+    for seed in (0, 1):
+        summary = json.loads((found.path / f"seed{seed}" / "summary.json").read_text())
+        chosen = summary["num_clusters"]["chosen"]
+        assert chosen == 4 == summary["clusters"]["asked"]
+        largest = max(labels_of(found.path / f"seed{seed}"))
+        assert largest < chosen
+        assert plain["runs"][f"seed{seed}"]["clusters_nonempty"] <= chosen
+    assert train.load(found.path).config.method.num_clusters == 4
