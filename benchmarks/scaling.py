@@ -15,6 +15,7 @@ JSON goes to standard output. Options that begin with --config. change the confi
 """
 
 import argparse
+import dataclasses
 import json
 import math
 import os
@@ -34,15 +35,8 @@ from benchmarks import collectives
 from dec_diffusion import command, engine, options, parallel, train
 from dec_diffusion.config import Config
 from dec_diffusion.method import DataSpec, Method, Phase
+from dec_diffusion.placement import place_state
 from dec_diffusion.types import Batch
-
-try:
-    from dec_diffusion.placement import place_state  # pyright: ignore[reportMissingImports]
-except ImportError:  # a version that uses one device only
-
-    def place_state(state: Any) -> Any:
-        return state
-
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -189,7 +183,7 @@ def work(spec: dict[str, Any], pod: tuple[str, str, str] | None) -> None:
     )
     key = jax.random.key(0)
     state: Any = engine.init_state(method, key, parallel.first_batch(data))
-    state = place_state(state)
+    state = place_state(state, num_rows=data.rows.size)
     # The first mixture is fitted once in a run: it is left out, iterations begin with any.
     bare = phase._replace(begin=None, refresh=None)
     begin, _ = parallel.compile_phase(bare, data, key, batch_size=batch_size)
@@ -246,6 +240,12 @@ def predict(config: Config, *, chips: int) -> dict[str, Any]:
         Counts, and for each assumed utilisation of the chips' peak the seconds of every part.
     """
     batch_size = config.train.batch_size
+    if hasattr(config.method, "dtype"):
+        # What a TPU is good at; and wide float32 convolutions may be calls of a library on this
+        # CPU, whose operations nobody counts.
+        config = dataclasses.replace(
+            config, method=dataclasses.replace(config.method, dtype="bfloat16")
+        )
     method, phase = _phase(config, PIXELS, IMAGENET, batch_size)
     steps = IMAGENET // batch_size
     small = 8  # operations are proportional to the examples of a batch

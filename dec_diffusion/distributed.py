@@ -20,7 +20,7 @@ from jax._src import distributed as _state  # the only door to the coordinator's
 from jax.experimental import multihost_utils
 
 from dec_diffusion.interrupt import StoppedError
-from dec_diffusion.types import InputError
+from dec_diffusion.types import InputError, first_line
 
 _MAX_SHUTDOWN = 30  # seconds for which a process that is done waits for the others to be
 _DAY = 24 * 3600.0
@@ -68,21 +68,8 @@ def joined(pod: Pod, *, verbose: bool = True) -> Iterator[None]:
         return
     global _timeout
     _timeout = float(pod.timeout)
-    # SIGTERM is ours to handle: the coordinator's own handler would only swallow it.
-    with contextlib.suppress(AttributeError):
-        jax.config.update("jax_enable_preemption_service", False)
-    watch = threading.Timer(pod.timeout, _give_up, [pod])
-    watch.daemon = True
-    watch.start()
-    try:
-        jax.distributed.initialize(
-            pod.coordinator,
-            pod.num_processes,
-            pod.process_id,
-            initialization_timeout=pod.timeout + 60,
-            heartbeat_timeout_seconds=pod.timeout,
-            shutdown_timeout_seconds=min(pod.timeout, _MAX_SHUTDOWN),
-        )
+    with _given_up_on(pod):
+        _connect(pod)
         if verbose:
             print(
                 f"process {jax.process_index()} of {jax.process_count()}: "
@@ -90,24 +77,18 @@ def joined(pod: Pod, *, verbose: bool = True) -> Iterator[None]:
                 f"{jax.local_devices()[0].platform} devices",
                 flush=True,
             )
-    except (RuntimeError, ValueError) as error:
-        raise InputError(_not_together(pod, error)) from error
-    finally:
-        watch.cancel()
     try:
         yield
-    except (ValueError, RuntimeError, TimeoutError) as error:
-        if isinstance(error, InputError):
-            _leave()
-        elif _means_lost(error):
-            raise LostProcessError(
-                "another process of this run died or cannot be reached "
-                f"({_first_line(error)}); the same commands resume from the last checkpoint"
-            ) from error
-        raise
-    except StoppedError:
+    except (InputError, StoppedError):
         _leave()
         raise
+    except (ValueError, RuntimeError, TimeoutError) as error:
+        if not _means_lost(error):
+            raise
+        raise LostProcessError(
+            "another process of this run died or cannot be reached "
+            f"({first_line(error)}); the same commands resume from the last checkpoint"
+        ) from error
     _leave()
 
 
@@ -226,13 +207,41 @@ def _on_tpu_pod() -> bool:
         return False
 
 
+@contextlib.contextmanager
+def _given_up_on(pod: Pod) -> Iterator[None]:
+    """Within the block the processes must come together in time."""
+    watch = threading.Timer(pod.timeout, _give_up, [pod])
+    watch.daemon = True
+    watch.start()
+    try:
+        yield
+    except (RuntimeError, ValueError) as error:
+        raise InputError(_not_together(pod, error)) from error
+    finally:
+        watch.cancel()
+
+
+def _connect(pod: Pod) -> None:
+    # SIGTERM is ours to handle: the coordinator's own handler would only swallow it.
+    with contextlib.suppress(AttributeError):
+        jax.config.update("jax_enable_preemption_service", False)
+    jax.distributed.initialize(
+        pod.coordinator,
+        pod.num_processes,
+        pod.process_id,
+        initialization_timeout=pod.timeout + 60,
+        heartbeat_timeout_seconds=pod.timeout,
+        shutdown_timeout_seconds=min(pod.timeout, _MAX_SHUTDOWN),
+    )
+
+
 def _give_up(pod: Pod) -> None:
     print(f"error: {_not_together(pod)}", file=sys.stderr, flush=True)
     os._exit(2)
 
 
 def _not_together(pod: Pod, error: Exception | None = None) -> str:
-    reason = f" ({_first_line(error)})" if error else ""
+    reason = f" ({first_line(error)})" if error else ""
     if pod.coordinator is None and error:
         return (
             f"--distributed={pod.mode}: JAX cannot tell which processes make this run{reason}; "
@@ -272,8 +281,3 @@ def _leave() -> None:
     with contextlib.suppress(InputError, RuntimeError, ValueError):
         exchange("end", "", timeout=_MAX_SHUTDOWN)
         jax.distributed.shutdown()
-
-
-def _first_line(error: Exception) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0][:200] if lines else type(error).__name__

@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dec_diffusion import engine, feed, placement
+from dec_diffusion import engine, feed, placement, spread
 from dec_diffusion.engine import Collected, Examples, TrainState
 from dec_diffusion.feed import Data, first_batch, place
 from dec_diffusion.method import EStage, Phase
@@ -46,7 +46,8 @@ def compile_sweep(function: Callable[..., Any], data: Data) -> Callable[..., Any
     n, count, size = len(data.raw), placement.size(), data.rows.shape[1]
 
     def run(params: Params, cluster: Any, key: PRNGKeyArray) -> Any:
-        params, cluster, key = placement.replicate((params, cluster, key))
+        own = params, spread.without_rows(cluster), key
+        params, cluster, key = placement.replicate(own)
         # A call for each batch of every device, not a scan: one program then serves data of any
         # size, and an example gets the same result, bit by bit, whatever it comes with.
         parts = []
@@ -148,7 +149,7 @@ def _programs(
         return constrain(result[0]), placement.everywhere(result[1])
 
     def iteration(state: TrainState, examples: Examples, key: PRNGKeyArray) -> Any:
-        sweep = feed.sweep_resident(examples, num_examples=num_examples, sweep_size=sweep_size)
+        sweep = _sweep(examples, num_examples, sweep_size)
         return placed(
             engine.iteration(
                 phase,
@@ -185,10 +186,17 @@ def _compile_collect(stage: EStage, data: Data) -> Callable[[Params, Any, PRNGKe
 @_kept
 def _collect_resident(stage: EStage, num_examples: int, sweep_size: int) -> Callable[..., Any]:
     def run(params: Params, cluster: Any, key: PRNGKeyArray, examples: Examples) -> Collected:
-        sweep = feed.sweep_resident(examples, num_examples=num_examples, sweep_size=sweep_size)
-        return sweep(stage, params, cluster, key)
+        return _sweep(examples, num_examples, sweep_size)(stage, params, cluster, key)
 
     return jax.jit(run)
+
+
+def _sweep(examples: Examples, num_examples: int, sweep_size: int) -> engine.Sweep:
+    """Of resident data, by every device its own part."""
+    sweep = feed.sweep_resident(examples, num_examples=num_examples, sweep_size=sweep_size)
+    return lambda stage, params, cluster, key: sweep(
+        stage, params, spread.without_rows(cluster), key
+    )
 
 
 # -- streaming --
@@ -212,7 +220,7 @@ def _compile_streamed(
         state, metrics = engine.m_step(phase, state, rows, fetch, key, constrain=constrain)
         return constrain(state), placement.everywhere(metrics)
 
-    compiled = jax.jit(steps, donate_argnums=0)
+    compiled = jax.jit(placement.in_mesh(steps), donate_argnums=0)
     scaling = data.examples.offset, data.examples.scale
 
     def m_step(state: TrainState) -> tuple[TrainState, Metrics]:
@@ -255,6 +263,7 @@ def _collect_streamed(
 
     def run(params: Params, cluster: Any, key: PRNGKeyArray) -> Collected:
         params, parts, first = placement.replicate(params), [], 0
+        cluster = spread.without_rows(cluster)
         scaling = data.examples.offset, data.examples.scale
         rows = data.rows.reshape(count, per_device, -1).swapaxes(0, 1)
         for raw, index in feed.superbatches(data, rows, axis=1):

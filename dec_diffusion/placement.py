@@ -3,7 +3,7 @@
 The only file that knows the name of the mesh's axis, and the only one with collectives in it.
 
 State       the same on every device, or large arrays spread along one dimension
-Examples    equal contiguous parts, one for each device
+Examples    equal contiguous parts, one for each device; ``spread.Rows`` of a state likewise
 Batches     spread along the batch
 """
 
@@ -18,6 +18,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from dec_diffusion.engine import TrainState
+from dec_diffusion.spread import Rows, map_rows
 from dec_diffusion.types import Array
 
 _AXIS = "devices"
@@ -54,7 +55,18 @@ def replicate(tree: Any) -> Any:
 
 def local(tree: Any) -> Any:
     """The same arrays on one device of this process, for what it does alone."""
-    return jax.tree.map(lambda x: x.addressable_data(0), replicate(tree))
+    return jax.tree.map(lambda x: x.addressable_data(0), replicate(whole(tree)))
+
+
+def whole(tree: Any) -> Any:
+    """The same arrays, ``Rows`` without padding and on every device: fit for any layout."""
+
+    def gathered(table: Rows) -> Rows:
+        if len(table.values) == table.count:
+            return table
+        return Rows(_gathered(table.values, count=table.count), table.count)
+
+    return map_rows(gathered, tree)
 
 
 def spread(shape: tuple[int, ...], read: Callable[..., Any], *, axis: int = 0) -> Array:
@@ -70,13 +82,21 @@ def spread(shape: tuple[int, ...], read: Callable[..., Any], *, axis: int = 0) -
     return jax.make_array_from_callback(shape, sharding, read)
 
 
-def place_state(state: TrainState, *, shard_params: bool = False) -> TrainState:
+def place_state(state: TrainState, *, num_rows: int = 0, shard_params: bool = False) -> TrainState:
     """A state from the host, or from one device, where training wants it.
 
     Args:
         state: arrays; every process must give the same values.
+        num_rows: of a sweep, padding included; several devices have as many in their ``Rows``.
         shard_params: spread large arrays over the devices, see ``TrainConfig``.
     """
+
+    def padded(table: Rows) -> Rows:
+        more = num_rows - len(table.values) if size() > 1 else 0
+        host = np.asarray(table.values)
+        return Rows(np.pad(host, ((0, more), *[(0, 0)] * (host.ndim - 1))), table.count)  # pyright: ignore[reportArgumentType]
+
+    state = map_rows(padded, state)
     return jax.tree.map(_put, state, _specs(state, shard_params))
 
 
@@ -85,8 +105,13 @@ def _put(x: Any, spec: P) -> Array:
     return jax.make_array_from_callback(host.shape, NamedSharding(mesh(), spec), host.__getitem__)
 
 
-def _gathered(x: Array) -> Array:
-    return jax.jit(lambda x: x, out_shardings=NamedSharding(mesh(), P()))(x)
+def _gathered(x: Array, *, count: int | None = None) -> Array:
+    return _first(count)(x)
+
+
+@functools.cache
+def _first(count: int | None) -> Callable[[Array], Array]:
+    return jax.jit(lambda x: x[:count], out_shardings=NamedSharding(mesh(), P()))
 
 
 def _specs(state: TrainState, shard_params: bool) -> TrainState:
@@ -104,7 +129,7 @@ def _specs(state: TrainState, shard_params: bool) -> TrainState:
         jax.tree.map(spec, state.params),
         jax.tree.map(spec, state.ema_params),
         jax.tree.map(spec, state.opt_state),
-        everywhere.cluster,
+        map_rows(lambda table: Rows(P(_AXIS), table.count), everywhere.cluster),  # pyright: ignore[reportArgumentType]
     )
 
 

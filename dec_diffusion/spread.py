@@ -9,8 +9,56 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
+
+from dec_diffusion.types import Array, Int, Shaped, pytree, static
+
+
+@pytree
+class Rows:
+    """A table with a row for every example, which lies where the examples lie.
+
+    A method's losses and updates may use one; its sweeps and ``predict`` find it empty, for they
+    also see examples that have no row.
+
+    Attributes:
+        values: [n, ...]; while training on several devices more, so that all have equal parts.
+        count: n.
+    """
+
+    values: Shaped[Array, "n *s"]
+    count: int = static()
+
+    def take(self, index: Int[Array, " b"]) -> Shaped[Array, "b *s"]:
+        """The rows of these examples, on every device: traffic in proportion to their number."""
+        size = self.values.shape[0] // parts()
+
+        def of_part(values: Array, first: Array, index: Array) -> Array:
+            row = index - first[0]
+            mine = ((row >= 0) & (row < len(values))).reshape(-1, *[1] * (values.ndim - 1))
+            return jnp.where(mine, values[jnp.clip(row, 0, len(values) - 1)], 0)[None]
+
+        if parts() == 1:
+            return self.values[index]
+        # All parts but one give zeros.
+        found = over_rows(of_part, self.values, jnp.arange(parts()) * size, whole=(index,))
+        return found.sum(0, dtype=self.values.dtype)
+
+
+def map_rows(function: Callable[[Rows], Any], tree: Any) -> Any:
+    """The same tree, but for its ``Rows``."""
+
+    def one(leaf: Any) -> Any:
+        return function(leaf) if isinstance(leaf, Rows) else leaf
+
+    return jax.tree.map(one, tree, is_leaf=lambda leaf: isinstance(leaf, Rows))
+
+
+def without_rows(tree: Any) -> Any:
+    """The same tree, its ``Rows`` empty."""
+    return map_rows(lambda table: Rows(table.values[:0], table.count), tree)
 
 
 def parts() -> int:

@@ -25,6 +25,7 @@ finite and have no effect on the others. Targets and graphs carry no gradient.
 
 import functools
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -111,7 +112,12 @@ def balance(
 
 @functools.partial(jax.jit, static_argnames=("k", "block"))
 def neighbour_graph(
-    z: Float[Array, "n d"], k: int, *, weight: Float[Array, " n"] | None = None, block: int = 1024
+    z: Float[Array, "n d"],
+    k: int,
+    *,
+    weight: Float[Array, " n"] | None = None,
+    among: tuple[Float[Array, "a d"], Int[Array, " a"]] | None = None,
+    block: int = 1024,
 ) -> tuple[Int[Array, "n k"], Float[Array, "n k"]]:
     """The adaptive-neighbour graph (7): for each row its ``k`` nearest others and their weights.
 
@@ -119,39 +125,48 @@ def neighbour_graph(
     to right and sum to 1. Where all k + 1 distances are equal the weights are 1/k. A row with no
     more than k others shares its weight equally among those there are; in place of those that are
     missing it stands itself, at weight 0.
+    With ``among``, only these rows of ``z`` and their numbers, neighbours are looked for among them
+    and named by their place in it; all of them have weight, and absent ones are number 0.
     ``block`` rows are compared with all others at a time, which takes O(block n) memory.
 
     Raises:
       InputError: ``k`` is below 1 or above n - 1.
     """
-    n = z.shape[0]
+    n = z.shape[0] if among is None else among[0].shape[0]
     if not 1 <= k < n:
         raise InputError(f"neighbours = {k} for {n} examples: choose a number from 1 to {n - 1}")
     z = jax.lax.stop_gradient(z)
-    valid = _weight(weight, z) > 0
-    y = jnp.where(valid[:, None], z - _mean(z, valid.astype(z.dtype)), 0)
+    valid, rows = _weight(weight, z) > 0, jnp.arange(z.shape[0])
+    center = _mean(z, valid.astype(z.dtype))
+    y = jnp.where(valid[:, None], z - center, 0)
+    if among is None:
+        points, numbers, there = y, rows, valid
+    else:
+        points, numbers = jax.lax.stop_gradient(among[0]) - center, among[1]
+        there = jnp.ones(n, bool)
 
-    def of_rows(rows: Array, y: Array, valid: Array) -> tuple[Array, Array]:
-        squares = jnp.minimum(kmeans.distances(y[rows], y), jnp.finfo(y.dtype).max)
-        others = valid & (jnp.arange(n) != rows[:, None])
+    def of_rows(y: Array, row: Array, points: Array, numbers: Array, valid: Array) -> Any:
+        squares = jnp.minimum(kmeans.distances(y, points), jnp.finfo(y.dtype).max)
+        others = valid & (numbers != row[:, None])
         score, index = jax.lax.top_k(jnp.where(others, -squares, -jnp.inf), k + 1)
         # Products find the neighbours; differences measure them, without cancellation.
         there = score > -jnp.inf
-        index = jnp.where(there, index, rows[:, None])
-        exact = jnp.sum((y[rows][:, None] - y[index]) ** 2, axis=2)
+        index = jnp.where(there, index, row[:, None] if among is None else 0)
+        exact = jnp.sum((y[:, None] - points[index]) ** 2, axis=2)
         exact = jnp.where(there, exact, jnp.inf)
         exact, index = jax.lax.sort((exact, index), num_keys=1)
         return index[:, :k].astype(jnp.int32), _simplex_weights(exact)
 
-    def of_part(rows: Array, y: Array, valid: Array) -> tuple[Array, Array]:
+    def of_part(y: Array, rows: Array, *whole: Array) -> tuple[Array, Array]:
         m = rows.shape[0]
         size = min(block, m)
-        padded = jnp.pad(rows, (0, -m % size), mode="edge").reshape(-1, size)
-        index, s = jax.lax.map(lambda rows: of_rows(rows, y, valid), padded)
+        blocks = jnp.pad(y, ((0, -m % size), (0, 0)), mode="edge").reshape(-1, size, y.shape[1])
+        numbers = jnp.pad(rows, (0, -m % size), mode="edge").reshape(-1, size)
+        index, s = jax.lax.map(lambda part: of_rows(*part, *whole), (blocks, numbers))
         return index.reshape(-1, k)[:m], s.reshape(-1, k)[:m]
 
-    # Every part needs all rows to compare its own with.
-    return spread.over_rows(of_part, jnp.arange(n), whole=(y, valid))
+    # Every part needs all the points to compare its own rows with.
+    return spread.over_rows(of_part, y, rows, whole=(points, numbers, there))
 
 
 def graph_loss(

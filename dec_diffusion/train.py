@@ -379,7 +379,7 @@ def _run(
     state, step, after = _start(method, key, parallel.first_batch(data), checkpoints, about)
     if after is None and spec.pretrained:
         state = _begin_with(state, spec.pretrained)
-    state = placement.place_state(state, shard_params=shard)
+    state = placement.place_state(state, num_rows=data.rows.size, shard_params=shard)
     place.truncate_metrics(step)
     log.replay(place.read_metrics())
     resumed_at = step
@@ -420,7 +420,7 @@ def _run(
             if last or stopping or iteration % config.train.checkpoint_every == 0:
                 # A phase that ended early has nothing left to resume.
                 at = {"phase": name, "iteration": phase.iterations if last else iteration}
-                checkpoints.save(step, state, at | about)
+                checkpoints.save(step, placement.whole(state), at | about)
             where = f"{name} {iteration}/{phase.iterations}" + ", settled" * settled
             progress.update(step, where, record | scores, rate)
             if stopping and step < total:

@@ -38,6 +38,13 @@ class InputError(ValueError):
     """
 
 
+def first_line(error: BaseException) -> str:
+    """The first line of what an error says, at most 200 characters, to be quoted in one line."""
+    lines = str(error).strip().splitlines()
+    text = lines[0] if lines else type(error).__name__
+    return text if len(text) <= 200 else f"{text[:200]}..."
+
+
 @dataclass_transform(frozen_default=True)
 def pytree(cls: type[_T]) -> type[_T]:
     """Make ``cls`` a frozen dataclass that JAX treats as a pytree of its fields.
@@ -72,6 +79,7 @@ __all__ = [
     "PRNGKeyArray",
     "Params",
     "Shaped",
+    "first_line",
     "pytree",
     "static",
 ]

@@ -47,7 +47,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 
-from dec_diffusion.types import InputError
+from dec_diffusion.types import InputError, first_line
 
 _LOG = logging.getLogger(__name__)
 
@@ -589,7 +589,7 @@ class Checkpoints:
                     meta, arrays = self._read(step)
             except Exception as error:
                 # Whatever the files make the readers raise, the remedy is the step before.
-                damaged[step] = _first_line(error)
+                damaged[step] = first_line(error)
                 continue
             wanted = template(meta) if callable(template) else template
             state = _fill(wanted, arrays, self._folder / str(step))
@@ -764,7 +764,7 @@ def _failed_saves_reported(folder: pathlib.Path) -> Iterator[None]:
         if _other_process_lost(error):
             raise
         raise InputError(
-            f"{folder}: a checkpoint could not be written ({_first_line(error)}); make room "
+            f"{folder}: a checkpoint could not be written ({first_line(error)}); make room "
             "there, then run the same command again"
         ) from error
 
@@ -774,12 +774,6 @@ def _other_process_lost(error: BaseException | None) -> bool:
     kinds = (RuntimeError, ValueError, TimeoutError)
     several = jax.process_count() > 1
     return several and isinstance(error, kinds) and not isinstance(error, InputError)
-
-
-def _first_line(error: BaseException) -> str:
-    lines = str(error).strip().splitlines()
-    text = lines[0] if lines else type(error).__name__
-    return text if len(text) <= 200 else f"{text[:200]}..."
 
 
 def _not_from_orbax(record: logging.LogRecord) -> bool:

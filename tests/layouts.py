@@ -45,11 +45,13 @@ METHODS = {
         timestep=5,
         dims=3,
         search_restarts=1,
+        subset=150,
         restarts=2,
         pretrain_iterations=1,
         iterations=_MORE,
         steps=STEPS,
         neighbours=3,
+        anchors=100,
         hidden=4,
         tolerance=0.0,
         learning_rate=1e-4,
@@ -105,7 +107,7 @@ def statistics(name: str, state: engine.TrainState) -> list[jax.Array]:
     if name == "clusterddpm":
         return [found.log_weights, found.means, found.covariance]
     if name == "diec":
-        return [found.embedded, found.target, state.ema_params["centers"]]
+        return [found.anchors, found.target.values, state.ema_params["centers"]]
     # Not the means of the scores: they shift with a bias that no loss depends on, and that only
     # rounding moves.
     norm = found.norm

@@ -165,7 +165,7 @@ def test_search_finds_planted_groups_without_labels():
     found = method.findings(state.cluster)
     assert found.rows == (0, 25, 50)
     assert found.columns == ("down_0_0", "down_1_0", "middle", "up_1_0", "up_0_0")
-    assert accuracy(state.cluster.first) > 0.95
+    assert accuracy(state.cluster.first.values) > 0.95
     row, column = found.chosen
     assert found.scores["value"][row, column] == found.scores["value"].max()
     assert found.rows[row] == int(state.cluster.timestep)
@@ -205,11 +205,11 @@ def test_features_depend_on_nothing_but_the_example():
 def test_first_assignment_is_that_of_kmeans_bit_for_bit():
     method, state = entered(TINY)
     z = method.embed(state.ema_params, state.cluster, WHOLE, KEY)
-    np.testing.assert_array_equal(state.cluster.labels, state.cluster.first)
+    np.testing.assert_array_equal(state.cluster.labels.values, state.cluster.first.values)
     params = {**state.params, "map": jax.tree.map(jnp.zeros_like, state.params["map"])}
     np.testing.assert_array_equal(z, method.embed(params, state.cluster, WHOLE, KEY))
     log_q = assigned(method, state, WHOLE)
-    np.testing.assert_array_equal(log_q.argmax(1), state.cluster.first)
+    np.testing.assert_array_equal(log_q.argmax(1), state.cluster.first.values)
     np.testing.assert_allclose(jnp.exp(log_q).sum(1), 1.0, rtol=1e-5)
 
 
@@ -256,7 +256,7 @@ def test_denoising_reaches_the_whole_denoiser_and_nothing_else():
 def test_fine_tuning_keeps_the_groups_and_the_denoiser():
     method, start = entered(TINY)
     state, info = fine_tuned(TINY)
-    assert accuracy(state.cluster.labels) >= accuracy(start.cluster.first)
+    assert accuracy(state.cluster.labels.values) >= accuracy(start.cluster.first.values)
     before, after = np.asarray(state.cluster.denoising)
     assert before == np.asarray(start.cluster.denoising)[1]
     assert after < 1.1 * before
@@ -273,15 +273,15 @@ def test_frozen_denoiser_does_not_move():
         np.testing.assert_array_equal(a, b)
     method, _ = entered(settings)
     log_q = assigned(method, state, WHOLE)
-    np.testing.assert_array_equal(log_q.argmax(1), state.cluster.labels)
-    assert accuracy(state.cluster.labels) > 0.95
+    np.testing.assert_array_equal(log_q.argmax(1), state.cluster.labels.values)
+    assert accuracy(state.cluster.labels.values) > 0.95
 
 
 @pytest.mark.slow
 def test_sinkhorn_targets_and_consistency():
     settings = fixed(10, target="sinkhorn", consistency=0.5, pool="average", whiten=False)
     method, start = entered(settings)
-    np.testing.assert_allclose(start.cluster.target.mean(0), 1 / K, atol=1e-3)
+    np.testing.assert_allclose(start.cluster.target.values.mean(0), 1 / K, atol=1e-3)
     state, info = fine_tuned(settings)
     assert np.isfinite(info["loss"]).all()
     assert float(info["disagreement"][-1]) >= 0
@@ -344,7 +344,7 @@ def test_bracketing_finds_the_planted_groups_at_the_bottleneck(strategy):
     settings = dataclasses.replace(TINY, strategy=strategy, layer="middle", score="chi")
     method, state = entered(settings)
     assert int(state.cluster.layer) == 2
-    assert accuracy(state.cluster.first) > 0.95
+    assert accuracy(state.cluster.first.values) > 0.95
     rows = method.findings(state.cluster).rows
     assert list(rows) == sorted(rows)
 

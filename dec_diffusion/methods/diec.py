@@ -45,6 +45,7 @@ from dec_diffusion.method import (
 from dec_diffusion.networks import denoiser_network, residual_map
 from dec_diffusion.schedule import Schedule
 from dec_diffusion.search import Cell, Projection
+from dec_diffusion.spread import Rows
 from dec_diffusion.types import (
     Array,
     Batch,
@@ -102,6 +103,7 @@ class DiEC:
             many dimensions still tell clusters apart (1 in DEC).
         structure: weight of the graph term in (6).
         neighbours: of each example in that graph.
+        anchors: examples among which neighbours are looked for: all, or as many drawn from more.
         balance: weight of the balance term.
         denoise: weight of the denoising loss, a mean over dimensions, while clustering.
         consistency: weight of the agreement between two draws of noise.
@@ -161,6 +163,7 @@ class DiEC:
     alpha: float | None = None
     structure: float = 0.1
     neighbours: int = 10
+    anchors: int = 65536
     balance: float = 0.1
     denoise: float = 1.0
     consistency: float = 0.0
@@ -230,11 +233,11 @@ class Clusters:
         layer, timestep: int32, the chosen cell.
         projection: from pooled features to e, equation (2).
         features: e of every example if the denoiser is frozen, else empty.
-        embedded: z of every example.
-        target: p, equation (5).
-        neighbours, similarity: the graph, int32 and s of equation (6).
-        labels: int32, the assignment that belongs to the target.
-        first: int32, k-means at the chosen cell, before any fine-tuning.
+        anchors: z of the examples among which neighbours are.
+        target: p, equation (5), [n, k].
+        neighbours, similarity: the graph, [n, g], as places among the anchors and s of (6).
+        labels: int32 [n], the assignment that belongs to the target.
+        first: int32 [n], k-means at the chosen cell, before any fine-tuning.
         denoising: squared error on held-out examples (all, if none are) before fine-tuning and
             now, a mean over dimensions.
         snapshot: examples generated before fine-tuning.
@@ -245,12 +248,12 @@ class Clusters:
     timestep: Int[Array, ""]
     projection: Projection
     features: Float[Array, "f d"]
-    embedded: Float[Array, "n d"]
-    target: Float[Array, "n k"]
-    neighbours: Int[Array, "n g"]
-    similarity: Float[Array, "n g"]
-    labels: Int[Array, " n"]
-    first: Int[Array, " n"]
+    anchors: Float[Array, "a d"]
+    target: Rows
+    neighbours: Rows
+    similarity: Rows
+    labels: Rows
+    first: Rows
     denoising: Float[Array, " 2"]
     snapshot: Float[Array, "m *s"]
     map: SearchMap
@@ -268,6 +271,9 @@ def _method(s: DiEC, denoiser: Denoiser, spec: DataSpec) -> Method:
     coarse = _timesteps(s, grid)
     _check_fit(s, layers, spec)
     held_out = np.random.default_rng(0).random(n) < s.held_out
+    anchors = np.arange(n)
+    if n > s.anchors:
+        anchors = np.sort(np.random.default_rng(1).permutation(n)[: s.anchors])
 
     def level(timestep: Array, b: int) -> Array:
         return jnp.full(b, grid.log_snr[timestep])
@@ -302,12 +308,12 @@ def _method(s: DiEC, denoiser: Denoiser, spec: DataSpec) -> Method:
             timestep=none,
             projection=Projection(jnp.zeros(width), jnp.zeros((width, d)), jnp.zeros(d)),
             features=jnp.zeros((n if s.frozen else 0, d)),
-            embedded=jnp.zeros((n, d)),
-            target=jnp.full((n, k), 1.0 / k),
-            neighbours=jnp.zeros((n, s.neighbours), jnp.int32),
-            similarity=jnp.zeros((n, s.neighbours)),
-            labels=jnp.zeros(n, jnp.int32),
-            first=jnp.zeros(n, jnp.int32),
+            anchors=jnp.zeros((len(anchors), d)),
+            target=Rows(jnp.full((n, k), 1.0 / k), n),
+            neighbours=Rows(jnp.zeros((n, s.neighbours), jnp.int32), n),
+            similarity=Rows(jnp.zeros((n, s.neighbours)), n),
+            labels=Rows(jnp.zeros(n, jnp.int32), n),
+            first=Rows(jnp.zeros(n, jnp.int32), n),
             denoising=jnp.zeros(2),
             snapshot=jnp.zeros((_SNAPSHOT, *spec.shape)),
             map=SearchMap(jnp.zeros(e, jnp.int32), cells, zeros, jnp.zeros(m, jnp.int32), none),
@@ -358,24 +364,24 @@ def _method(s: DiEC, denoiser: Denoiser, spec: DataSpec) -> Method:
         subset_key, score_key, axes_key, kmeans_key, sample_key = jax.random.split(key, 5)
         x, weight = trimmed((x, weight))
         examples = jax.random.permutation(subset_key, n)[:m].astype(jnp.int32)
-        found = explore(params, x[examples], score_key)
+        found = explore(params, Rows(x, n).take(examples), score_key)
         timesteps, cells = found
         value = compare(cells)
         best, layer = jnp.unravel_index(value.argmax(), value.shape)
         layer, timestep = layer.astype(jnp.int32), timesteps[best]
 
         h = features.in_blocks(lambda block: at_cell(params, block, timestep, layer), x)
-        projection = search.principal(axes_key, h[examples], d)
+        projection = search.principal(axes_key, Rows(h, n).take(examples), d)
         projection = search.whiten(projection) if s.whiten else projection
         e = search.project(projection, h, unit=s.unit)
         start = kmeans(kmeans_key, e, k, weight=weight, restarts=s.restarts, max_iterations=100)
-        e, labels = e[:n], start.labels[:n].astype(jnp.int32)
+        labels = Rows(start.labels.astype(jnp.int32), n)
         cluster = dataclasses.replace(
             cluster,
             layer=layer,
             timestep=timestep,
             projection=projection,
-            features=e if s.frozen else cluster.features,
+            features=e[:n] if s.frozen else cluster.features,
             first=labels,
             labels=labels,
             snapshot=draw(params, sample_key, _SNAPSHOT),
@@ -427,10 +433,9 @@ def _method(s: DiEC, denoiser: Denoiser, spec: DataSpec) -> Method:
             metrics["denoising"] = denoising
         out = [assign(params, e) for e in seen]
         z, log_q = out[0]
-        clustering = _mean(targets.kl(cluster.target[index], log_q), weight)
-        structure = targets.graph_loss(
-            z, cluster.embedded[cluster.neighbours[index]], cluster.similarity[index], weight
-        )
+        clustering = _mean(targets.kl(cluster.target.take(index), log_q), weight)
+        near, similarity = cluster.neighbours.take(index), cluster.similarity.take(index)
+        structure = targets.graph_loss(z, cluster.anchors[near], similarity, weight)
         balance = targets.balance(log_q, weight)
         total = clustering + s.structure * structure + s.balance * balance + s.denoise * denoising
         if len(out) > 1:
@@ -487,21 +492,24 @@ def _method(s: DiEC, denoiser: Denoiser, spec: DataSpec) -> Method:
         progress: Array,
     ) -> tuple[Params, Clusters, Metrics]:
         ((z, log_q), errors), weight = trimmed((collected, weight))
-        padding = (0, weight.shape[0] - n)
         target = {"student": targets.target_distribution, "sinkhorn": targets.sinkhorn_target}
         labels = log_q.argmax(-1).astype(jnp.int32)
-        change = targets.label_change(labels, jnp.pad(cluster.labels, padding), weight)
-        tested = held_out if held_out.any() else ~held_out
-        now = _mean(errors, jnp.pad(jnp.asarray(tested, jnp.float32), padding))
+        change = targets.label_change(labels, cluster.labels.values, weight)
+        # Padded here and not by the program, which would move rows between devices for it.
+        tested = np.pad(held_out if held_out.any() else ~held_out, (0, len(weight) - n))
+        now = _mean(errors, jnp.asarray(tested, jnp.float32))
         before = jnp.where(progress > 0, cluster.denoising[0], now)
-        neighbours, similarity = targets.neighbour_graph(z, s.neighbours, weight=weight)
+        points = Rows(z, n).take(jnp.asarray(anchors, jnp.int32))
+        neighbours, similarity = targets.neighbour_graph(
+            z, s.neighbours, weight=weight, among=(points, jnp.asarray(anchors))
+        )
         cluster = dataclasses.replace(
             cluster,
-            embedded=z[:n],
-            target=target[s.target](log_q, weight)[:n],
-            neighbours=neighbours[:n],
-            similarity=similarity[:n],
-            labels=labels[:n],
+            anchors=points,
+            target=Rows(target[s.target](log_q, weight), n),
+            neighbours=Rows(neighbours, n),
+            similarity=Rows(similarity, n),
+            labels=Rows(labels, n),
             denoising=jnp.stack([before, now]),
         )
         info = {
@@ -548,7 +556,7 @@ def _method(s: DiEC, denoiser: Denoiser, spec: DataSpec) -> Method:
         order = np.argsort(cluster.map.timesteps, kind="stable")
         cells, best = cluster.map.cells, int(cluster.map.best)
         return Findings(
-            partitions={"kmeans_at_cell": np.asarray(cluster.first)},
+            partitions={"kmeans_at_cell": np.asarray(cluster.first.values)},
             figures={
                 "denoising_before": float(cluster.denoising[0]),
                 "denoising_after": float(cluster.denoising[1]),
@@ -602,10 +610,10 @@ def _check_fit(s: DiEC, layers: tuple[str, ...], spec: DataSpec) -> None:
         raise InputError(
             f"--config.method.layer={s.layer}: choose one of {', '.join(layers)}, or none to search"
         )
-    if s.neighbours >= spec.num_examples:
+    if s.neighbours >= min(s.anchors, spec.num_examples):
         raise InputError(
-            f"--config.method.neighbours={s.neighbours}: there are {spec.num_examples} examples; "
-            "ask for fewer neighbours"
+            f"--config.method.neighbours={s.neighbours}: there are {spec.num_examples} examples "
+            f"and {s.anchors} anchors; ask for fewer neighbours"
         )
 
 
@@ -651,7 +659,7 @@ def _fine_tuning(s: DiEC, steps: int) -> optax.GradientTransformation:
 def _check(s: DiEC) -> None:
     counts = (
         "num_clusters width blocks pretrain_iterations timesteps draws dims search_restarts"
-        " restarts iterations neighbours hidden sample_steps"
+        " restarts iterations neighbours anchors hidden sample_steps"
     )
     sizes = "refine steps structure balance denoise consistency denoiser_rate"
     rules: list[Rule] = [
