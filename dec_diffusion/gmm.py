@@ -146,13 +146,13 @@ def statistics(
 ) -> Statistics:
     """The E-step: the sums that (5) needs, over all devices when ``axis_name`` is given."""
     weight = _weight(weight, mean)
-    parts = (*jax.tree.leaves(mixture), mean, variance, weight)
+    parts = mixture.log_weights, mixture.means, mixture.covariance, mean, variance, weight
     if mixture.covariance.ndim == 2 and not _small(mixture.means.shape[0], mean):
         close = products.holds(mixture.means, mixture.covariance)
-        sums = jax.lax.cond(close, products.sums, _sums, *parts)
+        sums: products.Sums = jax.lax.cond(close, products.sums, _sums, *parts)
     else:
         sums = _sums(*parts)
-    return _psum(Statistics(*sums, jnp.sum(weight)), axis_name)
+    return _psum(Statistics(*sums, weight=jnp.sum(weight)), axis_name)
 
 
 def _sums(
@@ -162,7 +162,7 @@ def _sums(
     mean: Array,
     variance: Array | None,
     weight: Array,
-) -> tuple[Array, Array, Array, Array]:
+) -> products.Sums:
     """As ``products.sums``, from differences to each mean: slower, accurate always."""
     mixture = Mixture(log_weights, means, covariance)
     log_resp, norm = log_responsibilities(mixture, mean, variance)

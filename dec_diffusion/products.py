@@ -16,6 +16,7 @@ mu_c the terms of (1) are of size kappa, so that l_c is wrong by about eps kappa
 
 import functools
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -57,7 +58,7 @@ def sums(
     logs = jnp.log(2 * math.pi * variances) + offset**2 * precision
     factors = offset * precision, -0.5 * precision, log_weights - 0.5 * jnp.sum(logs, axis=1)
 
-    def of_part(rows: tuple[Array, ...], whole: tuple[Array, ...]) -> tuple[Array, ...]:
+    def of_part(rows: tuple[Array, ...], whole: tuple[Any, Any]) -> tuple[Array, ...]:
         parts = _over_blocks(rows, *whole)
         return jax.tree.map(lambda part: part[None], parts)
 
