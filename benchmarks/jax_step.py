@@ -134,14 +134,19 @@ class Worker:
             num_examples=self.settings.num_examples,
         )
 
-    def _compile_scan(self, steps: int) -> Callable[[Any], tuple[Any, Any]]:
+    def scan(self, steps: int) -> Any:
+        """The compiled function of state and examples that takes ``steps`` gradient steps."""
+
         def m_step(state: Any, examples: Any) -> tuple[Any, Any]:
             rows = self._order(state.step, steps)
             fetch = engine.fetch_resident(examples)
             state, metrics = engine.m_step(self.phase, state, rows, fetch, self.key)
             return state, metrics["loss"][-1]
 
-        compiled = jax.jit(m_step, donate_argnums=0)
+        return jax.jit(m_step, donate_argnums=0)
+
+    def _compile_scan(self, steps: int) -> Callable[[Any], tuple[Any, Any]]:
+        compiled = self.scan(steps)
         return lambda state: compiled(state, self.examples)
 
     def _compile_loop(self, steps: int) -> Callable[[Any], tuple[Any, Any]]:

@@ -22,16 +22,17 @@ means that the implementations differ or that a loss became NaN or infinite (nul
 import argparse
 import contextlib
 import dataclasses
+import functools
 import json
 import math
 import os
 import platform
-import statistics
 import sys
 import tempfile
 from pathlib import Path
 from typing import Any
 
+from benchmarks.rounds import alternate, compare, say, spread
 from benchmarks.worker import Settings, WorkerError, connect, usable_cpus
 
 RATIOS = [("ours_scan", "torch_eager"), ("ours_scan", "torch_compile"), ("ours_scan", "ours_loop")]
@@ -48,7 +49,7 @@ def main(argv: list[str] | None = None) -> int:
         torch_python=None if args.skip_torch else args.torch_python,
         compiled=not args.skip_compile,
     )
-    text = json.dumps(_json_safe(result), indent=2, allow_nan=False)
+    text = json.dumps(json_safe(result), indent=2, allow_nan=False)
     if args.output:
         Path(args.output).write_text(text + "\n", encoding="utf-8")
     print(text)
@@ -76,14 +77,14 @@ def measure(
     check = None
     with contextlib.ExitStack() as stack:
         folder = stack.enter_context(tempfile.TemporaryDirectory())
-        ours = stack.enter_context(connect("jax", sys.executable, settings.device))
-        machine = _describe_host() | {"jax": ours("start", settings=options)}
+        ours = stack.enter_context(connect("jax_step", sys.executable, settings.device))
+        machine = describe_host() | {"jax": ours("start", settings=options)}
         where = machine["jax"]["platform"]
         steps = steps or (4 if where == "cpu" else 200)
-        _say(f"{steps} steps of {settings.batch_size} on {machine['jax']['device']}")
-        contenders = {"ours_scan": ours, "ours_loop": ours}
+        say(f"{steps} steps of {settings.batch_size} on {machine['jax']['device']}")
+        contenders: dict[str, Any] = {"ours_scan": ours, "ours_loop": ours}
         if torch_python:
-            theirs = stack.enter_context(connect("torch", torch_python, settings.device))
+            theirs = stack.enter_context(connect("torch_step", torch_python, settings.device))
             try:
                 theirs("probe", platform=where)
             except WorkerError as error:
@@ -97,14 +98,18 @@ def measure(
                 contenders |= {"torch_compile": theirs} if compiled else {}
         else:
             notes.append("no PyTorch figures: not asked for")
-        runs = _interleave(contenders, steps, repeats, notes)
+        calls = {
+            name: functools.partial(worker, "run", contender=name, steps=steps)
+            for name, worker in contenders.items()
+        }
+        runs = alternate(calls, repeats, notes)
     broken = [name for name, measured in runs.items() if not math.isfinite(measured[-1]["loss"])]
     notes += [f"{name}: the loss is not finite, its figures mean nothing" for name in broken]
     same = check is None or check["passed"]
     if not same:
         notes.append("the two implementations differ, see `check`")
     for note in notes:
-        _say(note)
+        say(note)
     return {
         "benchmark": "throughput",
         "settings": options | {"steps": steps, "repeats": repeats},
@@ -113,36 +118,17 @@ def measure(
         "valid": same and not broken,
         "check": check,
         "contenders": {name: _summarise(r, steps, settings.batch_size) for name, r in runs.items()},
-        "ratios": _ratios(runs),
+        "ratios": compare(runs, RATIOS),
         "notes": notes,
     }
-
-
-def _interleave(
-    contenders: dict[str, Any], steps: int, repeats: int, notes: list[str]
-) -> dict[str, list[dict[str, float]]]:
-    """Let all take turns, each time in another order; the first run of each is the warm-up."""
-    runs: dict[str, list[dict[str, float]]] = {}
-    for name, worker in contenders.items():
-        try:
-            runs[name] = [worker("run", contender=name, steps=steps)]
-        except WorkerError as error:
-            notes.append(f"{name} does not run here: {error}")
-    names = list(runs)
-    for repeat in range(repeats):
-        for name in names[repeat % len(names) :] + names[: repeat % len(names)]:
-            runs[name].append(contenders[name]("run", contender=name, steps=steps))
-        line = ", ".join(f"{n} {1e3 * runs[n][-1]['seconds'] / steps:.1f}" for n in names)
-        _say(f"repeat {repeat + 1} of {repeats}, ms per step: {line}")
-    return runs
 
 
 def _summarise(runs: list[dict[str, float]], steps: int, batch_size: int) -> dict[str, Any]:
     first, *rest = runs
     return {
-        "images_per_second": _spread([steps * batch_size / r["seconds"] for r in rest]),
-        "ms_per_step": _spread([1e3 * r["seconds"] / steps for r in rest]),
-        "process_cpu_ms_per_step": _spread([1e3 * r["cpu_seconds"] / steps for r in rest]),
+        "images_per_second": spread([steps * batch_size / r["seconds"] for r in rest]),
+        "ms_per_step": spread([1e3 * r["seconds"] / steps for r in rest]),
+        "process_cpu_ms_per_step": spread([1e3 * r["cpu_seconds"] / steps for r in rest]),
         "first_call_seconds": round(first["seconds"], 3),
         "loss_first": first["loss"],
         "loss_last": rest[-1]["loss"],
@@ -150,38 +136,20 @@ def _summarise(runs: list[dict[str, float]], steps: int, batch_size: int) -> dic
     }
 
 
-def _ratios(runs: dict[str, list[dict[str, float]]]) -> dict[str, dict[str, float]]:
-    """How many times faster the first named is, repeat by repeat."""
-    ratios = {}
-    for a, b in RATIOS:
-        if a in runs and b in runs:
-            both = list(zip(runs[a], runs[b], strict=True))[1:]
-            ratios[f"{a}/{b}"] = _spread([y["seconds"] / x["seconds"] for x, y in both])
-    return ratios
-
-
-def _spread(values: list[float]) -> dict[str, float]:
-    summary = {"median": statistics.median(values), "min": min(values), "max": max(values)}
-    return {name: float(f"{value:.5g}") for name, value in summary.items()}
-
-
-def _json_safe(value: Any) -> Any:
+def json_safe(value: Any) -> Any:
     """Null for NaN and infinities, which JSON does not have."""
     if isinstance(value, dict):
-        return {name: _json_safe(part) for name, part in value.items()}
+        return {name: json_safe(part) for name, part in value.items()}
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def _describe_host() -> dict[str, Any]:
+def describe_host() -> dict[str, Any]:
+    """The processor, how much of it is ours, and the interpreter."""
     model = platform.processor()
     with contextlib.suppress(OSError):
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
         model = next((x.split(":")[1].strip() for x in lines if x.startswith("model name")), model)
     return {"cpu": model, "cpus_usable": usable_cpus(), "python": platform.python_version()}
-
-
-def _say(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)
 
 
 def _parse(argv: list[str] | None) -> argparse.Namespace:
@@ -193,7 +161,7 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
     )
 
     def number(flag: str, default: int, text: str) -> None:
-        parser.add_argument(flag, type=_positive, default=default, help=text)
+        parser.add_argument(flag, type=positive, default=default, help=text)
 
     def choice(flag: str, options: str, text: str) -> None:
         names = options.split()
@@ -225,7 +193,8 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
     return args
 
 
-def _positive(text: str) -> int:
+def positive(text: str) -> int:
+    """An option's number."""
     if int(text) < 1:
         raise argparse.ArgumentTypeError("must be at least 1")
     return int(text)

@@ -4,7 +4,7 @@ Fused Adam, multi-tensor clipping and averaging, data on the device, no host syn
 JAX nor this package, so that it runs in an environment of its own.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import numpy as np
@@ -33,7 +33,7 @@ Tensors = dict[str, Tensor]
 """Tensors by name; parameters carry the path that they have in our tree."""
 
 Loss = Callable[[Tensors, Tensor], Tensor]
-"""From parameters and example numbers to the loss that training minimises."""
+"""From parameters and example numbers, or images, to the loss that training minimises."""
 
 
 class Worker:
@@ -112,14 +112,17 @@ class Worker:
             self.compiled = torch.compile(self._training_loss, mode=self.settings.compile_mode)
         return self._take(self.compiled, steps)
 
-    def _take(self, loss_of: Loss, steps: int) -> dict[str, float]:
+    def _take(
+        self, loss_of: Loss, steps: int, batches: Iterable[Tensor] | None = None
+    ) -> dict[str, float]:
+        """A gradient step for each of ``batches``, by default of ``steps`` example numbers."""
         wait = torch.cuda.synchronize if self.cuda else lambda: None
 
         def work() -> float:
             loss = torch.tensor(torch.nan)
-            for index in self._order(steps):
+            for batch in batches or self._order(steps):
                 self.optimizer.zero_grad(set_to_none=True)
-                loss = loss_of(self.params, index)
+                loss = loss_of(self.params, batch)
                 loss.backward()
                 torch.nn.utils.clip_grad_norm_(self.leaves, 1000.0, foreach=True)
                 self.optimizer.step()
@@ -180,7 +183,10 @@ class Worker:
             yield self.pending.pop()
 
     def _training_loss(self, params: Tensors, index: Tensor) -> Tensor:
-        x = (self.raw[index].float() - 127.5) / 127.5
+        return self._loss_of(params, self.raw[index])
+
+    def _loss_of(self, params: Tensors, raw: Tensor) -> Tensor:
+        x = (raw.float() - 127.5) / 127.5
         b = x.shape[0]
         noise = {
             "z": torch.randn(b, self.settings.latent, device=x.device),
@@ -194,7 +200,7 @@ class Worker:
         self, params: Tensors, x: Tensor, noise: Tensors, dtype: torch.dtype
     ) -> tuple[Tensor, Tensors]:
         official = self.settings.network == "official"
-        encode, denoise = (_official_encoder, _official_unet) if official else (_encoder, _unet)
+        encode, denoise = encoder(self.settings.network), denoiser(self.settings.network)
         mean, log_variance = encode(params, x, dtype)
         z = mean + torch.exp(0.5 * log_variance) * noise["z"]
         step = noise["step"]
@@ -207,6 +213,16 @@ class Worker:
         loss = error.mean() + self.kl_weight * kl.mean()
         seen = {"mean": mean, "log_variance": log_variance, "level": level}
         return loss, seen | {"prediction": prediction}
+
+
+def encoder(network: str) -> Callable[..., tuple[Tensor, Tensor]]:
+    """From parameters, images and a dtype to mean and log variance."""
+    return _official_encoder if network == "official" else _encoder
+
+
+def denoiser(network: str) -> Callable[..., Tensor]:
+    """From parameters, x_t, its level, z, whether to look at z, and a dtype to eps."""
+    return _official_unet if network == "official" else _unet
 
 
 def _allow_tf32(allowed: bool) -> None:

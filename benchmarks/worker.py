@@ -1,4 +1,4 @@
-"""Processes that hold one framework each: lines of JSON in, lines of JSON out.
+"""Processes that hold one side of a comparison each: lines of JSON in, lines of JSON out.
 
 Neither JAX nor PyTorch is imported here, for either may be missing where the other one is.
 """
@@ -59,8 +59,8 @@ class WorkerError(RuntimeError):
 
 
 @contextlib.contextmanager
-def connect(framework: str, python: str, device: str) -> Iterator[Callable[..., Any]]:
-    """Start a process for ``jax`` or ``torch``.
+def connect(module: str, python: str, device: str) -> Iterator[Callable[..., Any]]:
+    """Start a process for the ``Worker`` of a module of this package.
 
     Yields:
         ``call(method, **kwargs)``, which calls a method of the ``Worker`` over there. It raises
@@ -72,7 +72,7 @@ def connect(framework: str, python: str, device: str) -> Iterator[Callable[..., 
     env.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.45")
     if device == "cpu":
         env["JAX_PLATFORMS"] = "cpu"
-    command = [python, "-c", f"from benchmarks import worker; worker.serve({framework!r})"]
+    command = [python, "-c", f"from benchmarks import worker; worker.serve({module!r})"]
     pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
     with subprocess.Popen(command, env=env, cwd=ROOT, **pipes) as process:
         assert process.stdin is not None and process.stdout is not None
@@ -83,7 +83,7 @@ def connect(framework: str, python: str, device: str) -> Iterator[Callable[..., 
                 print(json.dumps([method, kwargs]), file=to, flush=True)
             line = back.readline()
             if not line:
-                raise WorkerError(f"the {framework} process ended with status {process.wait()}")
+                raise WorkerError(f"the process of {module} ended with status {process.wait()}")
             answer = json.loads(line)
             if "error" in answer:
                 raise WorkerError(answer["error"])
@@ -97,7 +97,7 @@ def connect(framework: str, python: str, device: str) -> Iterator[Callable[..., 
                 to.close()
 
 
-def serve(framework: str) -> None:
+def serve(module: str) -> None:
     """Answer calls on standard input until it ends."""
     answers = os.fdopen(os.dup(sys.stdout.fileno()), "w", encoding="utf-8")
     # Whatever a library prints must not get between the answers.
@@ -108,7 +108,7 @@ def serve(framework: str) -> None:
         try:
             # Imported only now, so that a framework that is missing is an answer too.
             if worker is None:
-                worker = importlib.import_module(f"benchmarks.{framework}_step").Worker()
+                worker = importlib.import_module(f"benchmarks.{module}").Worker()
             answer = {"result": getattr(worker, method)(**kwargs)}
         except WorkerError as error:
             answer = {"error": str(error)}
@@ -141,6 +141,34 @@ def usable_cpus() -> int:
     """How many this process may use."""
     affinity = getattr(os, "sched_getaffinity", None)
     return len(affinity(0)) if affinity else os.cpu_count() or 1
+
+
+def samples(size: dict[str, Any]) -> np.ndarray:
+    """float32 [n, d]: n, d and k of ``size`` are of overlapping clusters; or scikit-learn's digits.
+
+    The first k rows belong to one cluster each.
+    """
+    if size.get("data") == "digits":
+        from sklearn.datasets import load_digits
+
+        return np.asarray(load_digits(return_X_y=True)[0], np.float32)
+    n, d, k = size["n"], size["d"], size["k"]
+    random = np.random.default_rng(0)
+    centers, widths = 2 * random.normal(size=(k, d)), random.uniform(0.5, 2, (k, d))
+    label = np.concatenate([np.arange(k), random.integers(k, size=n - k)])
+    x = random.standard_normal((n, d), dtype=np.float32)
+    # In parts, lest making the data take more memory than what is measured.
+    for rows in np.array_split(np.arange(n), -(-n // 10_000)):
+        x[rows] = x[rows] * widths[label[rows]] + centers[label[rows]]
+    return x
+
+
+def resident_mib() -> float:
+    """The memory that this process has now; 0 where the system does not say."""
+    with contextlib.suppress(OSError):
+        pages = int(Path("/proc/self/statm").read_text(encoding="utf-8").split()[1])
+        return pages * resource.getpagesize() / 2**20
+    return 0.0
 
 
 def peak_host_mib() -> float:

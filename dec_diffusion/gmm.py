@@ -20,8 +20,9 @@ Alternating (2) and (5) never lowers the mean of log sum_c exp(l_c), so never ra
 middle term of (4), since H(q) does not depend on the mixture. With points this is textbook EM, and
 log sum_c exp(l_c) is the log-likelihood. (4) is the variational bound of Hershey and Olsen (2007).
 
-Everything works in the dtype of the data. Second moments are taken about the current means, so they
-stay accurate in float32 far from the origin. Rows of weight 0 must be finite and have no effect.
+Everything works in the dtype of the data. Second moments are taken about the current means, or of
+much data about a point among them while that is accurate (``products``), so that float32 suffices
+far from the origin. Rows of weight 0 must be finite and have no effect.
 """
 
 import functools
@@ -32,7 +33,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from dec_diffusion import kmeans
+from dec_diffusion import kmeans, products
 from dec_diffusion.types import Array, Float, InputError, Int, PRNGKeyArray, Shaped, pytree
 
 # Accelerators multiply float32 matrices in a shorter format unless told otherwise.
@@ -145,13 +146,29 @@ def statistics(
 ) -> Statistics:
     """The E-step: the sums that (5) needs, over all devices when ``axis_name`` is given."""
     weight = _weight(weight, mean)
+    parts = mixture.log_weights, mixture.means, mixture.covariance, mean, variance, weight
+    if mixture.covariance.ndim == 2 and not _small(mixture.means.shape[0], mean):
+        close = products.holds(mixture.means, mixture.covariance)
+        sums: products.Sums = jax.lax.cond(close, products.sums, _sums, *parts)
+    else:
+        sums = _sums(*parts)
+    return _psum(Statistics(*sums, weight=jnp.sum(weight)), axis_name)
+
+
+def _sums(
+    log_weights: Array,
+    means: Array,
+    covariance: Array,
+    mean: Array,
+    variance: Array | None,
+    weight: Array,
+) -> products.Sums:
+    """As ``products.sums``, from differences to each mean: slower, accurate always."""
+    mixture = Mixture(log_weights, means, covariance)
     log_resp, norm = log_responsibilities(mixture, mean, variance)
     resp = jnp.exp(log_resp) * weight[:, None]
     first, second = _moments(mixture, resp, mean, variance)
-    stats = Statistics(
-        jnp.sum(resp, axis=0), first, second, jnp.sum(weight * norm), jnp.sum(weight)
-    )
-    return _psum(stats, axis_name)
+    return jnp.sum(resp, axis=0), first, second, jnp.sum(weight * norm)
 
 
 def add(one: Statistics, other: Statistics) -> Statistics:
@@ -273,7 +290,7 @@ def init(
     tol: float = 1e-3,
     **guards: float,
 ) -> FitResult:
-    """The fit of highest likelihood among ``restarts`` starts, which run as one batch.
+    """The fit of highest likelihood among ``restarts`` starts; of little data, all in one batch.
 
     Each start is k-means++ seeding, a few Lloyd iterations, the moments of the clusters, and a
     short EM; ``guards`` are those of ``update``.
@@ -299,7 +316,9 @@ def init(
         start = update(start, stats, **guards)
         return fit(start, mean, variance, weight=weight, iterations=iterations, tol=tol, **guards)
 
-    runs = jax.vmap(run)(jax.random.split(key, restarts))
+    keys = jax.random.split(key, restarts)
+    # In a batch all starts last as long as the slowest, and take the slow branch of a condition.
+    runs = jax.vmap(run)(keys) if _small(k, mean) else jax.lax.map(run, keys)
     final = runs.log_likelihood[:, -1]
     best = jnp.argmax(jnp.where(jnp.isnan(final), -jnp.inf, final))
     return jax.tree.map(lambda leaf: leaf[best], runs)
@@ -402,8 +421,11 @@ def _entropy(variance: Array) -> Array:
 def _over_components(function: Callable[[Any], Any], tree: Any, mean: Array) -> Any:
     """Apply to each component: at once while [n, k, d] is small, else one after another."""
     k = jax.tree.leaves(tree)[0].shape[0]
-    together = mean.size * k <= _BROADCAST_LIMIT
-    return jax.vmap(function)(tree) if together else jax.lax.map(function, tree)
+    return jax.vmap(function)(tree) if _small(k, mean) else jax.lax.map(function, tree)
+
+
+def _small(k: int, mean: Array) -> bool:
+    return mean.size * k <= _BROADCAST_LIMIT
 
 
 def _log_density(mixture: Mixture, mean: Array, variance: Array | None) -> Array:

@@ -1,4 +1,4 @@
-"""k-means: k-means++ seeding and Lloyd's iterations as scans, restarts as a batch axis.
+"""k-means: k-means++ seeding and Lloyd's iterations as scans.
 
 Notation: points x_i with weight w_i, centres m_c, labels a_i.
 
@@ -27,6 +27,8 @@ from dec_diffusion.types import Array, Float, InputError, Int, PRNGKeyArray, Sha
 
 # Accelerators multiply float32 matrices in a shorter format unless told otherwise.
 _matmul = functools.partial(jnp.matmul, precision="highest")
+_BATCHED = 2**22
+"""Elements n x d x k up to which restarts run as one batch."""
 
 
 @pytree
@@ -178,7 +180,7 @@ def kmeans(
     trials: int | None = None,
     screening: int | None = None,
 ) -> KMeansResult:
-    """The run of lowest inertia among ``restarts`` seedings, which run as one batch.
+    """The run of lowest inertia among ``restarts`` seedings; of little data, all in one batch.
 
     With ``screening`` only the run that is best after so many iterations goes on: a batch lasts
     as long as its slowest run, so that this is several times as fast, and rarely another run.
@@ -192,7 +194,9 @@ def kmeans(
         seeds = plus_plus(key, x, weight, k, trials=trials)
         return lloyd(x, seeds, weight, max_iterations=screening or max_iterations, tol=tol)
 
-    runs = jax.vmap(run)(jax.random.split(key, restarts))
+    keys = jax.random.split(key, restarts)
+    # A batch lasts as long as its slowest run, which is worth it while a run is launches mostly.
+    runs = jax.vmap(run)(keys) if x.size * k <= _BATCHED else jax.lax.map(run, keys)
     best = jnp.argmin(jnp.where(jnp.isnan(runs.inertia), jnp.inf, runs.inertia))
     found = jax.tree.map(lambda leaf: leaf[best], runs)
     if screening is None:

@@ -13,7 +13,7 @@ from sklearn.exceptions import ConvergenceWarning
 from sklearn.metrics import adjusted_rand_score
 from sklearn.mixture import GaussianMixture
 
-from dec_diffusion import gmm
+from dec_diffusion import gmm, products
 from dec_diffusion.types import InputError
 
 TOLERANCE = {"float32": 1e-4, "float64": 1e-10}
@@ -288,6 +288,42 @@ def test_one_component_at_a_time_equals_all_at_once(monkeypatch):
         jax.tree.map(
             lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5), together, in_turn
         )
+
+
+@pytest.mark.parametrize("points", [True, False])
+def test_products_equal_differences(monkeypatch, points):
+    """Blocks that do not divide the rows, weights, and a mixture far from the origin."""
+    m, v = posterior(n=1003)
+    weight = np.linspace(0, 2, len(m))
+    with jax.enable_x64(True):
+        mixture = random_mixture()
+        parts = mixture.log_weights, mixture.means + 100, mixture.covariance
+        assert products.holds(*parts[1:])
+        data = jnp.asarray(m + 100), None if points else jnp.asarray(v), jnp.asarray(weight)
+        expected = gmm._sums(*parts, *data)
+        whole = products.sums(*parts, *data)
+        with monkeypatch.context() as patch:
+            patch.setattr(products, "_CACHED", 100 * (2 * D + K))
+            cut = products.sums(*parts, *data)
+    for actual in (whole, cut):
+        jax.tree.map(
+            lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-9, atol=1e-9), actual, expected
+        )
+
+
+def test_clusters_too_tight_for_products_are_fitted_by_differences(monkeypatch):
+    # Centres 2,000 standard deviations apart: in float32 an expanded square is off by about 1.
+    monkeypatch.setattr(gmm, "_BROADCAST_LIMIT", 0)
+    x = 1e-3 * np.random.default_rng(0).normal(size=(402, 2)) + np.arange(402)[:, None] % 2 * 2
+    means = jnp.asarray([[0.0, 0], [2, 2]])
+    start = gmm.Mixture(jnp.log(jnp.full(2, 0.5)), means, jnp.full((2, 2), 1e-6))
+    assert not products.holds(start.means, start.covariance)
+    result = gmm.fit(start, jnp.asarray(x, "float32"), iterations=3, tol=0.0, reg_covar=0.0)
+    expected = np.stack([x[c::2].var(0) for c in (0, 1)])
+    np.testing.assert_allclose(result.mixture.covariance, expected, rtol=1e-3)
+    data = jnp.asarray(x, "float32"), None, jnp.ones(402)
+    count, _, second, _ = products.sums(*jax.tree.leaves(result.mixture), *data)
+    assert np.max(np.abs(second / count[:, None] / expected - 1)) > 0.02
 
 
 def test_padding_and_weights():

@@ -14,7 +14,18 @@ FILES = {
 } | {f"configs.{p.stem}": p for p in CONFIGS.glob("*.py")}
 
 # Modules that know no other part of the package but each other.
-LEAVES = {"types", "spread", "schedule", "gmm", "kmeans", "targets", "sampling", "search", "views"}
+LEAVES = {
+    "types",
+    "spread",
+    "schedule",
+    "gmm",
+    "products",
+    "kmeans",
+    "targets",
+    "sampling",
+    "search",
+    "views",
+}
 
 # Where a library may be imported: names of modules, or of packages with all they hold.
 CONFINED = {
