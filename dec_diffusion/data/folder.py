@@ -6,7 +6,6 @@ sticks out on two sides is cut off (``decode``). Large results are kept on disk 
 """
 
 import contextlib
-import io
 import itertools
 import os
 import time
@@ -29,7 +28,7 @@ from dec_diffusion.progress import Progress
 from dec_diffusion.types import InputError
 
 BATCH = 256  # images that are looked for at a time
-_TOGETHER = 8  # images that a thread takes at a time
+_TOGETHER = 8  # images that a thread takes at a time, or eight times as many headers
 _AHEAD = 4  # such parts that wait for a thread
 _NAMED = 5  # files that a warning names
 _IGNORED = {"thumbs.db", "desktop.ini", "__macosx"}  # what operating systems leave in folders
@@ -85,7 +84,8 @@ def read_folder(
     files = find_files(folder)
 
     def batches() -> Iterator[Sequence[Encoded]]:
-        encoded = (Encoded(str(file), partial(open, file, "rb")) for file in files)
+        # Without a buffer, as most are read by one call.
+        encoded = (Encoded(file, partial(open, file, "rb", buffering=0)) for file in files)
         while batch := list(itertools.islice(encoded, BATCH)):
             yield batch
 
@@ -99,7 +99,7 @@ def read_folder(
         name=folder.resolve().name or "folder",
         source=f"--config.data.path={folder}",
         rows=rows,
-        paths=[str(path) for path in paths],
+        paths=paths,
     )
 
 
@@ -150,7 +150,7 @@ def _decode(
 ) -> cache.Entry:
     """Read all images; arguments and errors are those of ``read_images``."""
     show = _shown(f"looking at {total:,} images", total, verbose)
-    headers = list(_each(read_size, batches(), show))
+    headers = list(_each(read_size, batches(), show, together=8 * _TOGETHER))
     broken = [header for header in headers if isinstance(header, Broken)]
     _refuse(config, broken)
     rows = np.array([i for i, h in enumerate(headers) if not isinstance(h, Broken)], np.int64)
@@ -169,10 +169,8 @@ def _decode(
         show = _shown(f"reading {len(rows):,} images", len(rows), verbose)
 
         def read(stream: BinaryIO) -> np.ndarray:
-            # Whole, as Pillow asks for little at a time. And once an image has a colour, it no
-            # longer matters whether others have.
-            content = io.BytesIO(stream.read())
-            return read_image(content, size, "rgb" if store.channels == 3 else colour)
+            # Once an image has a colour, it no longer matters whether others have.
+            return read_image(stream.read(), size, "rgb" if store.channels == 3 else colour)
 
         for i, image in enumerate(_each(read, _chosen(batches(), rows), show)):
             if isinstance(image, Broken):
@@ -207,7 +205,7 @@ def _decode(
     return fill(cache.Memory(len(rows), size))
 
 
-def find_files(folder: Path) -> list[Path]:
+def find_files(folder: Path) -> list[str]:
     """All files below a folder, sorted by path; hidden ones are left out.
 
     Raises:
@@ -216,17 +214,19 @@ def find_files(folder: Path) -> list[Path]:
     if not folder.is_dir():
         what = "is a file; give the folder that holds it" if folder.exists() else "does not exist"
         raise InputError(f"--config.data.path={folder}: {what}; folder reads a folder of images")
-    files: list[Path] = []
+    files: list[str] = []
     seen: set[str] = set()  # folders, as links may lead back to one
     for place, names, here in os.walk(folder, followlinks=True):
         real = os.path.realpath(place)
         names[:] = [] if real in seen else [name for name in names if not _is_ignored(name)]
         if real not in seen:
-            files += [Path(place, name) for name in here if not _is_ignored(name)]
+            files += [os.path.join(place, name) for name in here if not _is_ignored(name)]
         seen.add(real)
     if not files:
         raise InputError(f"--config.data.path={folder}: holds no files; give a folder of images")
-    return sorted(files, key=lambda file: file.relative_to(folder).parts)
+    # Strings, as making and comparing paths takes longer than reading headers.
+    start = len(os.path.join(folder, ""))
+    return sorted(files, key=lambda file: file[start:].split(os.sep))
 
 
 def _is_ignored(name: str) -> bool:
@@ -237,6 +237,8 @@ def _each(
     read: Callable[[BinaryIO], _T],
     batches: Iterable[Sequence[Encoded]],
     show: Callable[[int], None],
+    *,
+    together: int = _TOGETHER,
 ) -> Iterator[_T | Broken]:
     """What ``read`` makes of each image, in order, in threads.
 
@@ -244,6 +246,7 @@ def _each(
       read: may raise anything.
       batches: the images.
       show: told how many are done, after each batch.
+      together: how many a thread takes at a time.
     """
 
     def attempt(images: Sequence[Encoded]) -> list[_T | Broken]:
@@ -263,8 +266,8 @@ def _each(
     waiting: deque[Future[list[_T | Broken]]] = deque()
     with ThreadPoolExecutor(threads) as pool:
         for batch in itertools.chain(batches, (None,)):
-            parts = range(0, len(batch or ()), _TOGETHER)
-            waiting.extend(pool.submit(attempt, batch[i : i + _TOGETHER]) for i in parts if batch)
+            parts = range(0, len(batch or ()), together)
+            waiting.extend(pool.submit(attempt, batch[i : i + together]) for i in parts if batch)
             # Some stay in hand, so that no thread idles while the next batch is looked for.
             while len(waiting) > (_AHEAD * threads if batch else 0):
                 part = waiting.popleft().result()
@@ -321,12 +324,13 @@ def _warn(broken: Sequence[Broken], total: int) -> None:
     warnings.warn(f"left out {len(broken)} of {total} files: {named}{more}", stacklevel=2)
 
 
-def _class_names(folder: Path, paths: Sequence[Path]) -> np.ndarray:
+def _class_names(folder: Path, paths: Sequence[str]) -> np.ndarray:
     """The name of the folder that each image lies in, str [n]."""
-    for path in paths:
-        if path.parent == folder:
+    parents = [os.path.dirname(path) for path in paths]
+    for path, parent in zip(paths, parents, strict=True):
+        if parent == str(folder):
             raise InputError(
                 f"{path}: lies in no class folder; with --config.data.labels=folders every image"
                 " must lie in a folder named after its class"
             )
-    return np.array([path.parent.name for path in paths])
+    return np.array([os.path.basename(parent) for parent in parents])
