@@ -33,12 +33,13 @@ from dec_diffusion import (
 )
 from dec_diffusion.config import Config
 from dec_diffusion.data import Dataset
+from dec_diffusion.data.shards import chunks
 from dec_diffusion.engine import TrainState
 from dec_diffusion.interrupt import Stop, StoppedError
 from dec_diffusion.method import DataSpec, Method, Phase, Pretrained
 from dec_diffusion.networks import diffusers
 from dec_diffusion.progress import Progress
-from dec_diffusion.types import AUTO, InputError, PRNGKeyArray
+from dec_diffusion.types import AUTO, InputError, PRNGKeyArray, Rows
 
 _CHECKED_ROWS = 4096
 
@@ -496,12 +497,11 @@ def _about(dataset: Dataset, spec: DataSpec, *, sampled: bool) -> dict[str, Any]
     }
 
 
-def _checksum(examples: np.ndarray) -> int:
+def _checksum(examples: Rows) -> int:
     """CRC-32 of all values, a part at a time, as they may be mapped from a file."""
     checksum = 0
-    for start in range(0, len(examples), 4096):
-        part = np.ascontiguousarray(examples[start : start + 4096])
-        checksum = zlib.crc32(part.data, checksum)
+    for _, part in chunks(examples):
+        checksum = zlib.crc32(np.ascontiguousarray(part).data, checksum)
     return checksum
 
 

@@ -35,6 +35,9 @@ class DataConfig:
         vectors [n, d]; the three names mean the same, what the file holds decides. ``array`` is
         also ``csv`` where ``path`` ends in .csv, .tsv, .csv.gz or .tsv.gz, ``parquet`` where it
         ends in .parquet or is a folder of such files, and ``folder`` where it is another folder.
+        ``npy`` (and ``array``, where it holds nothing else) also takes a folder of ``.npy`` files,
+        as ``images-00000-of-00016.npy``: one data set in the order of their names, mapped and never
+        joined in memory. Files called ``labels*.npy`` are its labels.
         ``usps``: ``usps.h5`` with groups ``train`` and ``test``, each ``data`` [n, 256] in
         [0, 1] and ``target`` [n]; needs h5py.
         ``cifar10``, ``cifar100``, ``stl10``: the binary version, as the archive that was
@@ -198,7 +201,11 @@ def files_of_parquet(folder: Path) -> list[Path]:
 def _kind_of(path: Path) -> str:
     """What ``array`` means for this path."""
     if path.is_dir():
-        return "parquet" if files_of_parquet(path) else "folder"
+        if files_of_parquet(path):
+            return "parquet"
+        # Only where there is nothing else: it may be a folder of images with a stray array.
+        names = [p.name for p in path.iterdir() if not p.name.startswith(".")]
+        return "npy" if names and all(n.endswith(".npy") for n in names) else "folder"
     if path.name.lower().endswith(_CSV_ENDINGS):
         return "csv"
     return "parquet" if path.suffix.lower() == ".parquet" else "array"
