@@ -168,7 +168,7 @@ def test_a_disk_too_full_costs_a_warning_only(tmp_path):
     place = cache.Cache(tmp_path / "kept" / "photos-1-2", always=True)
     free = shutil.disk_usage(tmp_path).free
     with pytest.raises(cache.CacheError, match="GiB"):
-        cache.Writer(place, free // 3000, (32, 32))
+        cache.begin(place, free // 2 + 2**20)
 
 
 def test_by_default_only_large_results_are_kept(tmp_path, folder, monkeypatch):

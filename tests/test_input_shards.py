@@ -1,9 +1,13 @@
 """Input in several files: arrays mapped one after the other, and decoding shared by processes."""
 
 import pathlib
+import socket
+import zlib
+from collections.abc import Callable
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from dec_diffusion import data, evaluate, num_clusters, train
 from dec_diffusion.data.shards import Shards
@@ -137,3 +141,117 @@ def test_a_stray_array_does_not_make_a_folder_of_images_one_of_arrays(tmp_path):
     assert data.config.check_config(data.DataConfig(name="array", path=str(tmp_path))) == "folder"
     (tmp_path / "b.png").unlink()
     assert data.config.check_config(data.DataConfig(name="array", path=str(tmp_path))) == "npy"
+
+
+# -- decoding shared by processes --
+
+READ = """
+import sys, warnings, zlib
+import numpy as np
+from dec_diffusion import data, distributed, train
+from dec_diffusion.types import InputError
+address, number, name, path, cache, colour, broken = sys.argv[1:]
+config = data.DataConfig(name=name, path=path, cache=cache, colour=colour, broken=broken)
+warnings.simplefilter("ignore")
+with distributed.joined(distributed.Pod("on", address, 2, int(number), 120), verbose=False):
+    try:
+        d = train.read(config, verbose=int(number == "0"))
+    except InputError as error:
+        print("refused", error)
+    else:
+        x = np.asarray(d.examples)
+        print("read", type(d.examples).__name__, x.shape, zlib.crc32(x.tobytes()), d.rows.tolist())
+        print("labels", None if d.labels is None else d.labels.tolist())
+"""
+
+
+@pytest.fixture
+def two(start_python) -> Callable[..., list[str]]:
+    """Reads data in two processes; what each says, last lines only."""
+
+    def run(name, path, caches, *, colour="auto", broken="refuse") -> list[str]:
+        address = f"localhost:{free_port()}"
+        running = [
+            start_python(READ, address, i, name, path, caches[i], colour, broken, devices=1)
+            for i in range(2)
+        ]
+        outputs = [process.communicate(timeout=200) for process in running]
+        assert [p.returncode for p in running] == [0, 0], outputs
+        return [said for said, _ in outputs]
+
+    return run
+
+
+def free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("localhost", 0))
+        return s.getsockname()[1]
+
+
+def pictures(folder: pathlib.Path, colours: set[int]) -> pathlib.Path:
+    """Twenty-three images, those of ``colours`` not grey."""
+    folder.mkdir()
+    for i, image in enumerate(IMAGES):
+        pixels = image if i in colours else image[..., 0]
+        Image.fromarray(pixels).save(folder / f"{i:02d}.png")
+    return folder
+
+
+def said(dataset: data.Dataset, kind: str = "Shards") -> str:
+    x = np.asarray(dataset.examples)
+    labels = None if dataset.labels is None else dataset.labels.tolist()
+    rows = dataset.rows.tolist()
+    return f"read {kind} {x.shape} {zlib.crc32(x.tobytes())} {rows}\nlabels {labels}\n"
+
+
+@pytest.mark.parametrize("colours", [{3}, {20}], ids=["in the first", "in the last"])
+def test_processes_share_the_decoding_and_get_what_one_gets(tmp_path, two, colours):
+    folder, kept = pictures(tmp_path / "a", colours), tmp_path / "kept"
+    alone = load(folder, "folder", cache="none")
+    for output in two("folder", folder, [kept, kept]):
+        assert output.endswith(said(alone))
+    (entry,) = kept.iterdir()
+    parts = [np.load(file) for file in sorted(entry.glob("images-*"))]
+    assert [len(part) for part in parts] == [11, 12]
+    # Found by one process, too.
+    found = load(folder, "folder", cache=str(kept))
+    assert isinstance(found.examples, Shards) and found.paths == alone.paths
+    np.testing.assert_array_equal(np.asarray(found.examples), alone.examples)
+
+
+def test_a_broken_image_of_one_share_stops_both_or_is_skipped_by_both(tmp_path, two):
+    folder, kept = pictures(tmp_path / "a", {5}), tmp_path / "kept"
+    cut = (folder / "17.png").read_bytes()
+    (folder / "17.png").write_bytes(cut[:-30])
+    for output in two("folder", folder, [kept, kept]):
+        (line,) = [line for line in output.splitlines() if line.startswith("refused")]
+        assert "17.png: cannot be read" in line and "repair or remove it" in line
+    assert list(kept.iterdir()) == []
+    with pytest.warns(UserWarning, match=r"left out 1 of 23 files: .*17\.png"):
+        alone = load(folder, "folder", cache="none", broken="skip")
+    for output in two("folder", folder, [kept, kept], broken="skip"):
+        assert output.endswith(said(alone))
+
+
+def test_without_a_common_cache_each_decodes_all_and_one_line_says_so(tmp_path, two):
+    folder = pictures(tmp_path / "a", {5})
+    kept = [tmp_path / "first", tmp_path / "second"]
+    alone = load(folder, "folder", cache="none")
+    outputs = two("folder", folder, kept)
+    for output in outputs:
+        assert output.endswith(said(alone, "ndarray"))
+    assert outputs[0].count("is not one folder for all processes") == 1
+    assert "--config.data.cache=FOLDER" in outputs[0] and len(outputs[1].splitlines()) == 2
+    assert [len(list(place.iterdir())) for place in kept] == [1, 1]
+
+
+def test_a_process_that_cannot_read_at_all_stops_those_that_wait_for_it(tmp_path, start_python):
+    folder, kept = pictures(tmp_path / "a", set()), tmp_path / "kept"
+    address, paths = f"localhost:{free_port()}", [folder, tmp_path / "elsewhere"]
+    running = [
+        start_python(READ, address, i, "folder", paths[i], kept, "auto", "refuse", devices=1)
+        for i in range(2)
+    ]
+    outputs = [process.communicate(timeout=200)[0] for process in running]
+    assert "elsewhere: does not exist" in outputs[1]
+    assert "process 1 stopped: " in outputs[0] and "elsewhere: does not exist" in outputs[0]

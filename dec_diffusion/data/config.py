@@ -89,9 +89,10 @@ class DataConfig:
         ``refuse`` (stop and name it) or ``skip`` (leave it out with a warning).
       labels: For ``folder``: ``folders`` makes the name of the folder that an image lies in its
         label, for scoring only. ``none``: no labels.
-      cache: For ``folder``, and for images in ``parquet``: where decoded images are kept, so that
-        the next run with the same files and options need not decode them, and so that memory need
-        not hold them. A folder; ``auto`` (``dec_diffusion/images`` in ``$XDG_CACHE_HOME``, else in
+      cache: For ``folder``, ``tfds``, and for images in ``parquet``: where decoded examples are
+        kept, so that the next run with the same files and options need not decode them, so that
+        memory need not hold them, and so that several processes can share the work. A folder, which
+        all processes see; ``auto`` (``dec_diffusion/images`` in ``$XDG_CACHE_HOME``, else in
         ``~/.cache``, and only where they take 256 MiB or more); or ``none``. Other sources have no
         use for it.
     """
