@@ -188,9 +188,10 @@ def _begin(kept: Cache, team: Team, num_bytes: int) -> tuple[Path, bool]:
     """A folder that process 0 has made, and whether all processes see it."""
 
     def begin() -> dict[str, Any]:
-        return {"folder": str(cache.begin(kept, num_bytes))} if team.number == 0 else {}
+        return {"name": cache.begin(kept, num_bytes).name} if team.number == 0 else {}
 
-    folder = Path(_all(team, "folder", begin)[0]["folder"])
+    # Where each process would look for it itself.
+    folder = kept.folder.parent / _all(team, "folder", begin)[0]["name"]
     return folder, all(team.exchange("seen", "seen" if folder.is_dir() else ""))
 
 
