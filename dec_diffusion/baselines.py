@@ -33,7 +33,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from dec_diffusion.metrics import external_scores, internal_scores, occupancy
-from dec_diffusion.types import InputError
+from dec_diffusion.types import InputError, Rows
 
 LARGE = 20_000
 """Rows above which fewer starts are made."""
@@ -71,7 +71,7 @@ class Baseline(TypedDict):
 
 
 def baselines(
-    x_flat: ArrayLike,
+    x_flat: ArrayLike | Rows,
     k: int,
     labels_true: ArrayLike | None = None,
     *,
@@ -102,7 +102,7 @@ def baselines(
 
 
 def kmeans_on(
-    embedding: ArrayLike,
+    embedding: ArrayLike | Rows,
     k: int,
     labels_true: ArrayLike | None = None,
     *,
@@ -131,7 +131,7 @@ def kmeans_on(
 
 
 def gmm_on(
-    embedding: ArrayLike,
+    embedding: ArrayLike | Rows,
     k: int,
     labels_true: ArrayLike | None = None,
     *,
@@ -168,7 +168,7 @@ def gmm_on(
 
 
 def umap_on(
-    embedding: ArrayLike,
+    embedding: ArrayLike | Rows,
     k: int,
     labels_true: ArrayLike | None = None,
     *,
@@ -205,7 +205,7 @@ def umap_on(
 
 def _run(
     fit: Callable[[np.ndarray], tuple[Predict, dict[str, Any]]],
-    embedding: ArrayLike,
+    embedding: ArrayLike | Rows,
     k: int,
     labels_true: ArrayLike | None,
     seed: int,
@@ -236,7 +236,7 @@ def _run(
     if rows < n:
         # Sorted, so that the draw reads memory in order.
         drawn = np.sort(np.random.default_rng(seed).choice(n, rows, replace=False))
-    fitted = points(given if drawn is None else given[drawn])
+    fitted = points(given[:] if drawn is None else given[drawn])
     start = time.perf_counter()
     predict, settings = fit(fitted)
     if drawn is None:
@@ -258,14 +258,17 @@ def _run(
     }
 
 
-def _checked(embedding: ArrayLike) -> tuple[np.ndarray, np.ndarray]:
+def _checked(embedding: ArrayLike | Rows) -> tuple[Rows, np.ndarray]:
     """The input [n, d] and its mean, float64 [d]."""
-    given = np.asarray(embedding)
+    given: Any = embedding if hasattr(embedding, "shape") else np.asarray(embedding)
     if given.ndim != 2 or 0 in given.shape:
         raise InputError(f"baselines need a non-empty [examples, dimensions] array: {given.shape}")
     if given.dtype.kind not in "biuf":
         raise InputError(f"baselines need numbers, not {given.dtype}: encode the columns first")
-    mean = given.mean(axis=0, dtype=np.float64)
+    step = max(1, _CHUNK // given.shape[1])
+    parts = range(0, len(given), step)
+    total = sum(given[i : i + step].sum(axis=0, dtype=np.float64) for i in parts)
+    mean = np.asarray(total / len(given))
     if not np.isfinite(mean).all():
         raise InputError("baselines need finite values: the data hold NaN or infinite ones")
     return given, mean

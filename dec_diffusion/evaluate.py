@@ -10,6 +10,7 @@ from scipy.special import entr
 from dec_diffusion import metrics, parallel
 from dec_diffusion.baselines import baselines, gmm_on, kmeans_on
 from dec_diffusion.data import Dataset
+from dec_diffusion.data.shards import flat
 from dec_diffusion.engine import TrainState
 from dec_diffusion.method import Method
 from dec_diffusion.types import PRNGKeyArray
@@ -85,10 +86,10 @@ def compare(
     dataset: Dataset, assignment: Assignment, num_clusters: int, *, seed: int
 ) -> dict[str, Any]:
     """Shallow baselines on the same data: on the inputs, and on the learned latents."""
-    flat = dataset.examples.reshape(dataset.num_examples, -1)
+    x = flat(dataset.examples)
     scale = None if dataset.is_image else dataset.scale
     truth = dataset.labels
-    found = dict(baselines(flat, num_clusters, truth, seed=seed, limit=_BASELINE_ROWS, scale=scale))
+    found = dict(baselines(x, num_clusters, truth, seed=seed, limit=_BASELINE_ROWS, scale=scale))
     for name, method in (("kmeans_latents", kmeans_on), ("gmm_latents", gmm_on)):
         found[name] = method(
             assignment.embedding, num_clusters, truth, seed=seed, limit=_BASELINE_ROWS

@@ -15,7 +15,7 @@ import numpy as np
 from dec_diffusion import engine, placement, stream
 from dec_diffusion.engine import Collected, Examples, Fetch, Sweep
 from dec_diffusion.method import EStage
-from dec_diffusion.types import Array, Batch, Params, PRNGKeyArray
+from dec_diffusion.types import Array, Batch, Params, PRNGKeyArray, Rows
 
 _SUPERBATCH_BYTES = 64 * 2**20
 
@@ -24,14 +24,14 @@ class Data(NamedTuple):
     """A data set ready for the engine.
 
     Attributes:
-        raw: numpy [n, ...], in host memory or mapped into it.
+        raw: [n, ...], in host memory or mapped into it.
         examples: the same in blocks on the devices, padded, or with an empty ``raw`` if the data
             are streamed.
         rows: the ordered sweep [batches, batch] of example numbers, -1 on padding; the batches of
             the first device come first, and all devices have as many.
     """
 
-    raw: np.ndarray
+    raw: Rows
     examples: Examples
     rows: np.ndarray
 
@@ -41,7 +41,7 @@ class Data(NamedTuple):
         return self.examples.raw.shape[0] > 0
 
 
-def place(raw: np.ndarray, offset: Any, scale: Any, *, sweep_size: int, resident: bool) -> Data:
+def place(raw: Rows, offset: Any, scale: Any, *, sweep_size: int, resident: bool) -> Data:
     """Put a data set where the engine can reach it; arguments as for ``engine.Examples``.
 
     Sweeps always have batches of ``sweep_size``, padded, so that what a row is assigned does not
@@ -124,7 +124,7 @@ def sweep_resident(examples: Examples, *, num_examples: int, sweep_size: int) ->
 # -- streamed --
 
 
-def to_devices(raw: np.ndarray, rows: np.ndarray, axis: int = 0) -> tuple[Array, Array]:
+def to_devices(raw: Rows, rows: np.ndarray, axis: int = 0) -> tuple[Array, Array]:
     """Examples of these numbers, and the numbers, spread over the devices along ``axis``.
 
     Each process reads only what its own devices take; padding repeats the first example.

@@ -28,6 +28,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from scipy import sparse
 
+from dec_diffusion.types import Rows
+
 CHOICE = "num_clusters.json"
 """The file of a workdir that keeps a choice."""
 EXAMPLES = 5000
@@ -73,7 +75,7 @@ class Choice(NamedTuple):
 
 
 def choose(
-    x: np.ndarray,
+    x: Rows,
     *,
     offset: np.ndarray | np.floating | float = 0.0,
     scale: np.ndarray | np.floating | float = 1.0,

@@ -23,7 +23,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from dec_diffusion.metrics import best_match
-from dec_diffusion.types import InputError
+from dec_diffusion.types import InputError, Rows
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -143,7 +143,7 @@ def members_to_show(
 
 def images_by_cluster(
     path: Any,
-    images: ArrayLike,
+    images: ArrayLike | Rows,
     labels: ArrayLike,
     confidence: ArrayLike,
     *,
@@ -157,7 +157,7 @@ def images_by_cluster(
 
     Args:
         path: PNG file to write.
-        images: [n, h, w, c] in [0, 1], or in other units with ``in_unit``.
+        images: [n, h, w, c] in [0, 1], or in other units with ``in_unit``; or ``Rows`` of them.
         labels: int [n] in 0..num_clusters-1; clusters without members get an empty row.
         confidence: float [n], probability of the assigned cluster.
         num_clusters: rows (the first `MAX_ROWS` are drawn).
@@ -168,7 +168,8 @@ def images_by_cluster(
     Raises:
         InputError: shapes that do not match, or labels out of range.
     """
-    pictures = np.asarray(images)
+    # Not all in memory, if they are mapped from files.
+    pictures: Any = images if hasattr(images, "shape") else np.asarray(images)
     if pictures.ndim != 4 or 0 in pictures.shape:
         raise InputError(f"images have shape {pictures.shape}: expected [n, h, w, c], not empty")
     codes = _cluster_labels(labels, len(pictures), num_clusters)
@@ -236,7 +237,8 @@ def image_row(path: Any, images: ArrayLike, title: str, *, columns: int = 12) ->
     Raises:
         InputError: wrong shape.
     """
-    pictures = np.asarray(images)
+    # Not all in memory, if they are mapped from files.
+    pictures: Any = images if hasattr(images, "shape") else np.asarray(images)
     if pictures.ndim != 4 or 0 in pictures.shape:
         raise InputError(f"images have shape {pictures.shape}: expected [m, h, w, c], not empty")
     rows = -(-len(pictures) // columns)

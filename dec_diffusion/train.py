@@ -4,6 +4,7 @@
 is ``engine.em_iteration``.
 """
 
+import contextlib
 import dataclasses
 import functools
 import os
@@ -33,14 +34,17 @@ from dec_diffusion import (
 )
 from dec_diffusion.config import Config
 from dec_diffusion.data import Dataset
+from dec_diffusion.data.shards import chunks
 from dec_diffusion.engine import TrainState
 from dec_diffusion.interrupt import Stop, StoppedError
 from dec_diffusion.method import DataSpec, Method, Phase, Pretrained
 from dec_diffusion.networks import diffusers
 from dec_diffusion.progress import Progress
-from dec_diffusion.types import AUTO, InputError, PRNGKeyArray
+from dec_diffusion.types import AUTO, InputError, PRNGKeyArray, Rows
 
 _CHECKED_ROWS = 4096
+_READING = "input"
+_READING_SECONDS = 24 * 3600.0
 
 
 class NonFiniteLossError(FloatingPointError):
@@ -131,7 +135,7 @@ def fit(
     with distributed.together("setup"):
         # A scan over K may begin at 1, a run of the command line has something to find.
         least = 2 if dataset is None else 1
-        dataset = sources.load(config.data, verbose=verbose) if dataset is None else dataset
+        dataset = read(config.data, verbose=verbose) if dataset is None else dataset
         # All other settings are checked before K is chosen: any K that the data allow will do.
         asked, config = config, configs.resolved(config, 2)
         sources.check_clusters(
@@ -183,6 +187,28 @@ def fit(
         if distributed.is_first():
             summary = _report(run, dataset, assignment, place, trained, started, verbose)
     return Result(run, dataset, assignment, summary, place.read_metrics())
+
+
+def read(config: sources.DataConfig, *, verbose: int) -> Dataset:
+    """The data, whose decoding the processes share; errors are those of ``data.load``.
+
+    What one process raises, all do, even those that wait for it.
+    """
+
+    def exchange(topic: str, text: str) -> list[str]:
+        texts = distributed.exchange(_READING, f" {text}", timeout=_READING_SECONDS)
+        for number, found in enumerate(texts):
+            if found.startswith("!"):
+                raise InputError(f"process {number} stopped: {found[1:]}")
+        return [found[1:] for found in texts]
+
+    team = sources.Team(jax.process_index(), jax.process_count(), exchange)
+    try:
+        return sources.load(config, team=team, verbose=verbose)
+    except Exception as error:
+        with contextlib.suppress(InputError):
+            distributed.exchange(_READING, f"!{error}", timeout=0.01)
+        raise
 
 
 def _report(
@@ -496,12 +522,11 @@ def _about(dataset: Dataset, spec: DataSpec, *, sampled: bool) -> dict[str, Any]
     }
 
 
-def _checksum(examples: np.ndarray) -> int:
+def _checksum(examples: Rows) -> int:
     """CRC-32 of all values, a part at a time, as they may be mapped from a file."""
     checksum = 0
-    for start in range(0, len(examples), 4096):
-        part = np.ascontiguousarray(examples[start : start + 4096])
-        checksum = zlib.crc32(part.data, checksum)
+    for _, part in chunks(examples):
+        checksum = zlib.crc32(np.ascontiguousarray(part).data, checksum)
     return checksum
 
 

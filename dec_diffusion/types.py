@@ -6,10 +6,11 @@ Axis letters used in shape annotations throughout the package: ``b`` batch, ``n`
 """
 
 import dataclasses
-from collections.abc import Mapping
-from typing import Annotated, Any, TypeVar, dataclass_transform
+from collections.abc import Iterator, Mapping
+from typing import Annotated, Any, Protocol, TypeVar, dataclass_transform
 
 import jax
+import numpy as np
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, Shaped
 
 Params = Mapping[str, Any]
@@ -28,6 +29,24 @@ Count = Annotated[int, AUTO]
 """A whole number, or the word ``auto`` in the settings of a run that has yet to choose it."""
 
 _T = TypeVar("_T")
+
+
+class Rows(Protocol):
+    """Examples [n, ...] on the host, read by rows: a NumPy array, or several taken as one."""
+
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+    @property
+    def dtype(self) -> np.dtype[Any]: ...
+    @property
+    def ndim(self) -> int: ...
+    @property
+    def size(self) -> int: ...
+    @property
+    def nbytes(self) -> int: ...
+    def __len__(self) -> int: ...
+    def __iter__(self) -> Iterator[Any]: ...
+    def __getitem__(self, index: Any, /) -> Any: ...
 
 
 class InputError(ValueError):
@@ -78,6 +97,7 @@ __all__ = [
     "Metrics",
     "PRNGKeyArray",
     "Params",
+    "Rows",
     "Shaped",
     "first_line",
     "pytree",

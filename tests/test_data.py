@@ -307,6 +307,18 @@ def test_tfds_limit_is_the_subset_of_the_whole(tfds_dir, name):
     np.testing.assert_array_equal(some.labels, whole.labels[some.rows])
 
 
+@pytest.mark.parametrize("name", ["tiny_digits", "tiny_records"])
+def test_tfds_from_the_cache_is_what_was_decoded(tfds_dir, tmp_path, name):
+    plain = load("tfds", tfds_dir, tfds_name=name, limit=21, cache="none")
+    for _ in range(2):
+        found = load("tfds", tfds_dir, tfds_name=name, limit=21, cache=str(tmp_path / "kept"))
+        np.testing.assert_array_equal(found.examples, plain.examples)
+        np.testing.assert_array_equal(found.labels, plain.labels)
+        np.testing.assert_array_equal(found.rows, plain.rows)
+        assert not found.examples.flags.writeable  # mapped
+        assert len(list((tmp_path / "kept").iterdir())) == 1
+
+
 def test_tfds_other_feature_as_label(tfds_dir):
     dataset = load("tfds", tfds_dir, tfds_name="tiny_digits", label_key="row")
     np.testing.assert_array_equal(dataset.labels, rows_of(dataset))

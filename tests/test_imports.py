@@ -34,6 +34,7 @@ CONFINED = {
     "tensorflow_datasets": {"data"},
     "h5py": {"data"},
     "pyarrow": {"data"},
+    "imagecodecs": {"data"},
     "safetensors": {"networks.diffusers"},
     "tensorboardX": {"loggers"},
     "absl": {"main", "options"},

@@ -7,11 +7,13 @@ that needs them, and TensorFlow never is.
 
 from dec_diffusion.data.config import DataConfig
 from dec_diffusion.data.dataset import Dataset, check_clusters, from_arrays, with_scaling
+from dec_diffusion.data.shares import Team
 from dec_diffusion.data.sources import column_names, load
 
 __all__ = [
     "DataConfig",
     "Dataset",
+    "Team",
     "check_clusters",
     "column_names",
     "from_arrays",

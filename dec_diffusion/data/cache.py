@@ -1,11 +1,12 @@
 """Decoded images on disk: made once, mapped into memory from then on, and never half made.
 
-An entry is a folder with ``images.npy`` (uint8 [n, h, w, 1 or 3]), ``rows.npy`` (int64 [n], their
-places in the source) and ``info.json``. Its name ends in a checksum of the source's files (names,
-sizes, times of change) and of the options they were read with, so that anything changed is another
-entry; the one it replaces is removed. An entry is written in a folder beside it that is renamed
-once it is complete: what a kill leaves is never used, and two processes that make the same entry
-at once do no harm.
+An entry is a folder with ``images.npy`` (most often uint8 [n, h, w, 1 or 3]), ``rows.npy`` (int64
+[n], their places in the source), perhaps ``labels.npy``, and ``info.json``. Where several processes
+made it, each file is in as many parts (``shares``). The name of an entry ends in a checksum of the
+source's files (names, sizes, times of change) and of the options they were read with, so that
+anything changed is another entry; the one it replaces is removed. An entry is written in a folder
+beside it that is renamed once it is complete: what a kill leaves is never used, and two runs that
+make the same entry at once do no harm.
 
 A mapped file is read by the page as it is needed and takes no memory of its own: pages count as
 used while there is room, and are dropped, not swapped, when there is none.
@@ -28,6 +29,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from dec_diffusion.data.config import LARGE
+from dec_diffusion.data.shards import Shards
+from dec_diffusion.types import Rows
 
 _VERSION = 1  # of the layout and of what decoding gives
 _HEADER = 128  # bytes before the pixels; room for any shape
@@ -41,17 +44,20 @@ class CacheError(Exception):
 
 
 class Entry(NamedTuple):
-    """Decoded images.
+    """Decoded examples.
 
     Attributes:
-      images: uint8 [n, h, w, 1 or 3], mapped and read-only if they come from a file.
-      rows: int64 [n], their places among all images of the source.
+      images: [n, ...], most often uint8 [n, h, w, 1 or 3]; mapped and read-only if they come from
+        files.
+      rows: int64 [n], their places among all of the source.
       broken: name and reason of each that was left out.
+      labels: [n] if the source has labels in it.
     """
 
-    images: np.ndarray
+    images: Rows
     rows: np.ndarray
     broken: list[tuple[str, str]]
+    labels: np.ndarray | None = None
 
 
 class Cache(NamedTuple):
@@ -108,33 +114,89 @@ def stamp(path: str | os.PathLike[str]) -> tuple[str, int, int]:
 
 def find(cache: Cache) -> Entry | None:
     """The entry, if it is there and whole."""
+    folder = cache.folder
     try:
-        info = json.loads((cache.folder / "info.json").read_bytes())
-        images = np.load(cache.folder / "images.npy", mmap_mode="r", allow_pickle=False)
-        rows = np.load(cache.folder / "rows.npy", allow_pickle=False)
+        info = json.loads((folder / "info.json").read_bytes())
+        count = int(info.get("parts", 1))
+        parts = [
+            np.load(folder / named("images", i, count), mmap_mode="r", allow_pickle=False)
+            for i in range(count)
+        ]
+        rows = _joined(folder, "rows", count)
+        labels = _joined(folder, "labels", count) if info.get("labels") else None
         broken = [(str(name), str(reason)) for name, reason in info["broken"]]
     except (OSError, ValueError, KeyError, TypeError):
         return None
-    if images.dtype != np.uint8 or images.ndim != 4 or len(images) != len(rows) or not len(rows):
+    if len({(part.dtype, part.shape[1:]) for part in parts}) > 1 or not len(rows):
         return None
-    return Entry(images, rows, broken)
+    images = parts[0] if count == 1 else Shards(parts)
+    if [len(images), *images.shape[1:]] != list(info["shape"]) or len(rows) != len(images):
+        return None
+    return Entry(images, rows, broken, labels)
+
+
+def _joined(folder: Path, stem: str, count: int) -> np.ndarray:
+    parts = [np.load(folder / named(stem, i, count), allow_pickle=False) for i in range(count)]
+    return np.concatenate(parts)
+
+
+def named(stem: str, number: int, count: int) -> str:
+    """The file of one part of an entry."""
+    return f"{stem}.npy" if count == 1 else f"{stem}-{number:05d}-of-{count:05d}.npy"
+
+
+def begin(cache: Cache, num_bytes: int) -> Path:
+    """A folder in which an entry of so many bytes can be made; raises CacheError if it cannot."""
+    root = cache.folder.parent
+    with failing(root):
+        root.mkdir(parents=True, exist_ok=True)
+        _clear(root)
+        # A cache must never be what fills a disk.
+        free = shutil.disk_usage(root).free
+        if 2 * num_bytes > free:
+            have, want = (f"{b / 2**30:.1f} GiB" for b in (free, num_bytes))
+            raise CacheError(f"{root}: {have} are free, of which {want} would be over half")
+        return Path(tempfile.mkdtemp(prefix=_MAKING, dir=root))
+
+
+def complete(
+    cache: Cache,
+    folder: Path,
+    shape: tuple[int, ...],
+    broken: list[tuple[str, str]],
+    *,
+    parts: int,
+    labels: bool,
+) -> None:
+    """Make a folder with all files of its parts the entry; raises CacheError."""
+    about = {"parts": parts, "labels": labels, "shape": shape, "broken": broken}
+    with failing(folder):
+        text = json.dumps({"version": _VERSION, **about}) + "\n"
+        (folder / "info.json").write_text(text, encoding="utf-8")
+        try:
+            folder.rename(cache.folder)
+        except OSError:  # another process was first, or what is there is not whole
+            if find(cache) is None:
+                shutil.rmtree(cache.folder, ignore_errors=True)
+                folder.rename(cache.folder)
+    _replace(cache.folder)
 
 
 class Memory:
-    """Collects images in memory; one channel until the first of three comes."""
+    """Collects examples in memory; images have one channel until the first of three comes."""
 
-    def __init__(self, capacity: int, size: tuple[int, int]) -> None:
-        """For at most ``capacity`` images of this width and height."""
+    def __init__(self, capacity: int, shape: tuple[int, ...], dtype: Any = np.uint8) -> None:
+        """For at most ``capacity`` examples of this shape."""
         self.count = 0
-        self._images = np.empty((capacity, size[1], size[0], 1), np.uint8)
+        self._images = np.empty((capacity, *shape), dtype)
 
     @property
     def channels(self) -> int:
-        """1 or 3."""
+        """The last number of the shape."""
         return self._images.shape[-1]
 
     def add(self, image: np.ndarray) -> None:
-        """Take in one image [h, w, 1 or 3]."""
+        """Take in one example; an image [h, w, 1] among those of three channels is widened."""
         if image.shape[-1] > self.channels:
             self.widen()
         self._images[self.count] = image
@@ -142,97 +204,74 @@ class Memory:
 
     def widen(self) -> None:
         """Three channels from now on, and for all that came before."""
-        wide = np.empty((*self._images.shape[:3], 3), np.uint8)
+        wide = np.empty((*self._images.shape[:-1], 3), np.uint8)
         wide[: self.count] = self._images[: self.count]
         self._images = wide
 
-    def finish(self, rows: np.ndarray, broken: list[tuple[str, str]]) -> Entry:
-        """The images that were added."""
-        return Entry(self._images[: self.count], rows, broken)
-
-    def close(self) -> None:
-        """Nothing to clear away."""
+    def images(self) -> np.ndarray:
+        """What was added."""
+        return self._images[: self.count]
 
 
 class Writer:
-    """Collects images in a file that becomes an entry; as ``Memory``, but nothing stays in memory.
+    """Collects examples in a NumPy file; as ``Memory``, but nothing stays in memory.
 
     Plain writes, not a mapped file: on a full disk those raise an error, where a mapped one ends
     the process.
     """
 
-    def __init__(self, cache: Cache, capacity: int, size: tuple[int, int]) -> None:
-        """As for ``Memory``; raises CacheError if the folder cannot be written or is too full."""
-        self.count, self.channels = 0, 1
-        self._cache, self._size = cache, size
-        root = cache.folder.parent
-        with _failing(root):
-            root.mkdir(parents=True, exist_ok=True)
-            _clear(root)
-            # A cache must never be what fills a disk.
-            free, needed = shutil.disk_usage(root).free, 3 * capacity * size[0] * size[1]
-            if 2 * needed > free:
-                have, want = (f"{b / 2**30:.1f} GiB" for b in (free, needed))
-                raise CacheError(f"{root}: {have} are free, of which {want} would be over half")
-            self._folder = Path(tempfile.mkdtemp(prefix=_MAKING, dir=root))
-            self._file = self._open("images.npy")
+    def __init__(self, path: Path, shape: tuple[int, ...], dtype: Any = np.uint8) -> None:
+        """As for ``Memory``; raises CacheError if the file cannot be written."""
+        self.count, self.shape, self._dtype = 0, shape, np.dtype(dtype)
+        self._path = path
+        with failing(path.parent):
+            self._file = self._open()
+
+    @property
+    def channels(self) -> int:
+        """The last number of the shape."""
+        return self.shape[-1]
 
     def add(self, image: np.ndarray) -> None:
-        """Take in one image [h, w, 1 or 3]; raises CacheError, say on a full disk."""
+        """As for ``Memory``; raises CacheError."""
         if image.shape[-1] > self.channels:
             self.widen()
         elif image.shape[-1] < self.channels:
-            image = np.repeat(image, self.channels, axis=-1)
-        with _failing(self._folder):
+            image = np.repeat(image, 3, axis=-1)
+        with failing(self._path.parent):
             self._file.write(image.tobytes())
         self.count += 1
 
     def widen(self) -> None:
         """Three channels from now on, and for all that came before."""
-        with _failing(self._folder):
+        with failing(self._path.parent):
             self._file.close()
-            narrow = self._folder / "narrow.npy"
-            (self._folder / "images.npy").rename(narrow)
-            self._file = self._open("images.npy")
+            narrow = self._path.with_name(f"narrow-{self._path.name}")
+            self._path.rename(narrow)
+            self._file = self._open()
             with narrow.open("rb") as old:
                 old.seek(_HEADER)
                 while part := old.read(_BUFFER):
                     self._file.write(np.repeat(np.frombuffer(part, np.uint8), 3).tobytes())
             narrow.unlink()
-        self.channels = 3
+        self.shape = (*self.shape[:-1], 3)
 
-    def finish(self, rows: np.ndarray, broken: list[tuple[str, str]]) -> Entry:
-        """Complete the entry and map it; raises CacheError."""
-        shape = (self.count, self._size[1], self._size[0], self.channels)
-        with _failing(self._folder):
+    def finish(self) -> None:
+        """Complete the file; raises CacheError."""
+        with failing(self._path.parent):
             self._file.seek(0)
-            self._file.write(_header(shape))
+            self._file.write(_header((self.count, *self.shape), self._dtype))
             self._file.flush()
             os.fsync(self._file.fileno())
             self._file.close()
-            np.save(self._folder / "rows.npy", rows, allow_pickle=False)
-            info = {"version": _VERSION, "shape": shape, "broken": broken}
-            (self._folder / "info.json").write_text(json.dumps(info) + "\n", encoding="utf-8")
-            try:
-                self._folder.rename(self._cache.folder)
-            except OSError:  # another process was first, or what is there is not whole
-                if find(self._cache) is None:
-                    shutil.rmtree(self._cache.folder, ignore_errors=True)
-                    self._folder.rename(self._cache.folder)
-        _replace(self._cache.folder)
-        entry = find(self._cache)
-        if entry is None:
-            raise CacheError(f"{self._cache.folder}: cannot be read back")
-        return entry
 
     def close(self) -> None:
-        """Clear away what did not become an entry."""
+        """Let go of the file, whether it is complete or not."""
         with contextlib.suppress(OSError):
             self._file.close()
-        shutil.rmtree(self._folder, ignore_errors=True)
 
-    def _open(self, name: str) -> Any:
-        file = (self._folder / name).open("wb", buffering=_BUFFER)
+    def _open(self) -> Any:
+        file = self._path.open("wb", buffering=_BUFFER)
         file.write(bytes(_HEADER))
         return file
 
@@ -247,16 +286,17 @@ def warn(error: CacheError) -> None:
 
 
 @contextlib.contextmanager
-def _failing(folder: Path) -> Any:
+def failing(folder: Path) -> Any:
+    """Say of a failure of the system where it was, as CacheError."""
     try:
         yield
     except OSError as error:
         raise CacheError(f"{folder}: {error.strerror or error}") from error
 
 
-def _header(shape: tuple[int, ...]) -> bytes:
+def _header(shape: tuple[int, ...], dtype: np.dtype[Any]) -> bytes:
     """What comes before the values in a NumPy file, in exactly ``_HEADER`` bytes."""
-    about = repr({"descr": "|u1", "fortran_order": False, "shape": shape}).encode()
+    about = repr({"descr": dtype.str, "fortran_order": False, "shape": shape}).encode()
     return b"\x93NUMPY\x01\x00" + struct.pack("<H", _HEADER - 10) + about.ljust(117) + b"\n"
 
 

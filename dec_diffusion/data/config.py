@@ -35,6 +35,9 @@ class DataConfig:
         vectors [n, d]; the three names mean the same, what the file holds decides. ``array`` is
         also ``csv`` where ``path`` ends in .csv, .tsv, .csv.gz or .tsv.gz, ``parquet`` where it
         ends in .parquet or is a folder of such files, and ``folder`` where it is another folder.
+        ``npy`` (and ``array``, where it holds nothing else) also takes a folder of ``.npy`` files,
+        as ``images-00000-of-00016.npy``: one data set in the order of their names, mapped and never
+        joined in memory. Files called ``labels*.npy`` are its labels.
         ``usps``: ``usps.h5`` with groups ``train`` and ``test``, each ``data`` [n, 256] in
         [0, 1] and ``target`` [n]; needs h5py.
         ``cifar10``, ``cifar100``, ``stl10``: the binary version, as the archive that was
@@ -86,9 +89,10 @@ class DataConfig:
         ``refuse`` (stop and name it) or ``skip`` (leave it out with a warning).
       labels: For ``folder``: ``folders`` makes the name of the folder that an image lies in its
         label, for scoring only. ``none``: no labels.
-      cache: For ``folder``, and for images in ``parquet``: where decoded images are kept, so that
-        the next run with the same files and options need not decode them, and so that memory need
-        not hold them. A folder; ``auto`` (``dec_diffusion/images`` in ``$XDG_CACHE_HOME``, else in
+      cache: For ``folder``, ``tfds``, and for images in ``parquet``: where decoded examples are
+        kept, so that the next run with the same files and options need not decode them, so that
+        memory need not hold them, and so that several processes can share the work. A folder, which
+        all processes see; ``auto`` (``dec_diffusion/images`` in ``$XDG_CACHE_HOME``, else in
         ``~/.cache``, and only where they take 256 MiB or more); or ``none``. Other sources have no
         use for it.
     """
@@ -198,7 +202,11 @@ def files_of_parquet(folder: Path) -> list[Path]:
 def _kind_of(path: Path) -> str:
     """What ``array`` means for this path."""
     if path.is_dir():
-        return "parquet" if files_of_parquet(path) else "folder"
+        if files_of_parquet(path):
+            return "parquet"
+        # Only where there is nothing else: it may be a folder of images with a stray array.
+        names = [p.name for p in path.iterdir() if not p.name.startswith(".")]
+        return "npy" if names and all(n.endswith(".npy") for n in names) else "folder"
     if path.name.lower().endswith(_CSV_ENDINGS):
         return "csv"
     return "parquet" if path.suffix.lower() == ".parquet" else "array"

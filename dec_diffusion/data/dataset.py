@@ -11,18 +11,18 @@ import math
 
 import numpy as np
 
-from dec_diffusion.types import InputError
-
-_CHUNK = 4096  # rows at a time, so that float64 copies stay small
+from dec_diffusion.data.shards import Shards, chunks, each
+from dec_diffusion.types import InputError, Rows
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Dataset:
-    """Examples in memory, or mapped from a file: read by rows, never all at once.
+    """Examples in memory, or mapped from files: read by rows, never all at once.
 
     Attributes:
       name: For titles and file names.
-      examples: uint8 or float32; images [n, h, w, c] or vectors [n, d].
+      examples: uint8 or float32; images [n, h, w, c] or vectors [n, d]. ``Shards`` where they are
+        in several files.
       labels: int64 or str [n], or None. For scoring only.
       paths: One path per example where each came from its own file, else None.
       offset: float32 scalar for images, [d] for vectors.
@@ -31,7 +31,7 @@ class Dataset:
     """
 
     name: str
-    examples: np.ndarray
+    examples: Rows
     labels: np.ndarray | None
     paths: list[str] | None
     offset: np.ndarray | np.float32
@@ -54,7 +54,7 @@ class Dataset:
 
 
 def from_arrays(
-    examples: np.ndarray,
+    examples: Rows,
     labels: np.ndarray | None = None,
     *,
     name: str = "array",
@@ -81,7 +81,9 @@ def from_arrays(
     Raises:
       InputError: dtype, shape, values or labels that cannot be clustered.
     """
-    examples = _with_channels(np.asarray(examples), source)
+    examples = _with_channels(
+        examples if isinstance(examples, Shards) else np.asarray(examples), source
+    )
     labels = None if labels is None else _clean_labels(np.asarray(labels), len(examples), source)
     rows = np.arange(len(examples)) if rows is None else np.asarray(rows, np.int64)
     if limit is not None and limit < len(examples):
@@ -91,7 +93,7 @@ def from_arrays(
         paths = None if paths is None else [paths[i] for i in chosen]
     if examples.dtype not in (np.uint8, np.float32):
         with np.errstate(over="ignore"):  # an overflow becomes inf and is reported below
-            examples = examples.astype(np.float32)
+            examples = each(examples, lambda part: part.astype(np.float32))
     _check_values(examples, rows, source)
     offset, scale = _image_scaling(examples, nominal) if examples.ndim == 4 else _moments(examples)
     return Dataset(
@@ -171,7 +173,7 @@ def check_clusters(dataset: Dataset, num_clusters: int, batch_size: int, *, leas
         )
 
 
-def _with_channels(examples: np.ndarray, source: str) -> np.ndarray:
+def _with_channels(examples: Rows, source: str) -> Rows:
     """Check dtype and shape; give images their channel axis."""
     if examples.dtype.kind not in "biuf":
         raise InputError(
@@ -191,7 +193,7 @@ def _with_channels(examples: np.ndarray, source: str) -> np.ndarray:
             f"{source}: an array of shape {shape} seems to have channels first; transpose it to"
             " [n, h, w, c]"
         )
-    return examples[..., None] if examples.ndim == 3 else examples
+    return each(examples, lambda part: part[..., None]) if examples.ndim == 3 else examples
 
 
 def _clean_labels(labels: np.ndarray, num_examples: int, source: str) -> np.ndarray:
@@ -223,13 +225,13 @@ def _clean_labels(labels: np.ndarray, num_examples: int, source: str) -> np.ndar
     return labels.astype(np.int64)
 
 
-def _check_values(examples: np.ndarray, rows: np.ndarray, source: str) -> None:
+def _check_values(examples: Rows, rows: np.ndarray, source: str) -> None:
     """Refuse values that are not finite in float32."""
     if examples.dtype == np.uint8:
         return
     count, first = 0, -1
-    for start in range(0, len(examples), _CHUNK):
-        finite = np.isfinite(examples[start : start + _CHUNK])
+    for start, part in chunks(examples):
+        finite = np.isfinite(part)
         if not finite.all():
             count += finite.size - np.count_nonzero(finite)
             if first < 0:
@@ -242,11 +244,12 @@ def _check_values(examples: np.ndarray, rows: np.ndarray, source: str) -> None:
 
 
 def _image_scaling(
-    images: np.ndarray, nominal: tuple[float, float] | None
+    images: Rows, nominal: tuple[float, float] | None
 ) -> tuple[np.float32, np.float32]:
     """Offset and scale that map the nominal range to [-1, 1]."""
     if nominal is None:
-        low, high = float(images.min()), float(images.max())
+        ranges = [(part.min(), part.max()) for _, part in chunks(images)]
+        low, high = float(min(r[0] for r in ranges)), float(max(r[1] for r in ranges))
         if images.dtype == np.uint8:
             low, high = 0.0, high if high < 64 else 255.0
     else:
@@ -255,16 +258,16 @@ def _image_scaling(
     return np.float32((high + low) / 2), np.float32((high - low) / 2 or 1.0)
 
 
-def _moments(vectors: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def _moments(vectors: Rows) -> tuple[np.ndarray, np.ndarray]:
     """Mean and standard deviation [d] of each feature; 1 in place of a zero deviation."""
     n = len(vectors)
-    mean = vectors.mean(axis=0, dtype=np.float64)
+    total = sum(part.sum(axis=0, dtype=np.float64) for _, part in chunks(vectors))
+    mean = np.asarray(total / n)
     # About the mean and in float64, because E[x^2] - E[x]^2 cancels for features far from zero.
-    variance = sum(
-        np.square(vectors[i : i + _CHUNK] - mean).sum(axis=0) for i in range(0, n, _CHUNK)
-    )
+    variance = sum(np.square(part - mean).sum(axis=0) for _, part in chunks(vectors))
     # Rounding leaves a constant feature a tiny variance, so compare values instead.
-    constant = vectors.min(axis=0) == vectors.max(axis=0)
-    deviation = np.where(constant, 1.0, np.sqrt(variance / n)).astype(np.float32)
+    low = np.min([part.min(axis=0) for _, part in chunks(vectors)], axis=0)
+    high = np.max([part.max(axis=0) for _, part in chunks(vectors)], axis=0)
+    deviation = np.where(low == high, 1.0, np.sqrt(variance / n)).astype(np.float32)
     tiny = np.finfo(np.float32).tiny
     return mean.astype(np.float32), np.maximum(deviation, tiny)

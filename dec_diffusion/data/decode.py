@@ -3,12 +3,12 @@
 An image is turned upright, put on white where it is transparent, and scaled so that it just covers
 the wanted size; what sticks out on two sides is cut off.
 
-Most of the time goes into unpacking and scaling, during which Pillow lets other threads run. So
+Most of the time goes into unpacking and scaling, during which other threads run. So
 the work is kept small: a grey image is scaled as one channel, an alpha channel that hides nothing
 is dropped first, and images are scaled down by whole numbers before they are filtered.
 """
 
-import struct
+import io
 from collections import Counter
 from collections.abc import Sequence
 from typing import BinaryIO
@@ -16,44 +16,30 @@ from typing import BinaryIO
 import numpy as np
 from PIL import Image, ImageOps
 
+from dec_diffusion.data import png
+from dec_diffusion.data.png import Size
+
 _HEAD = 4096  # bytes that hold the header of most images
-_NO_EXIF = {name.encode() for name in "IHDR PLTE tRNS gAMA cHRM sRGB pHYs sBIT bKGD tIME".split()}
 LARGEST = 64  # pixels of the longer side, unless the user asks for more
 _ORIENTATION = 0x0112  # EXIF tag; from 5 on, height and width change places
 
-Size = tuple[int, int]
-"""Width and height in pixels, as in Pillow."""
-
 
 def read_size(stream: BinaryIO) -> Size:
-    """Width and height in pixels, once upright; reads the header only."""
-    if size := _plain_png(stream.read(_HEAD)):
+    """Width and height in pixels, once upright; reads the header only.
+
+    ``stream`` may be without a buffer.
+    """
+    if size := png.size_of(stream.read(_HEAD)):
         return size
     stream.seek(0)
-    with Image.open(stream) as image:
+    # Pillow reads a byte at a time.
+    buffered = io.BufferedReader(stream) if isinstance(stream, io.RawIOBase) else stream
+    with buffered, Image.open(buffered) as image:
         width, height = image.size
         # Pillow turns TIFF by itself, and asked for EXIF that a PNG's header lacks it decodes all.
         known = image.format not in ("PNG", "TIFF") or "exif" in image.info
         turned = known and image.getexif().get(_ORIENTATION, 1) >= 5
     return (height, width) if turned else (width, height)
-
-
-def _plain_png(head: bytes) -> Size | None:
-    """The size that the first bytes of a PNG tell, unless they are of something less simple.
-
-    Twice as fast as Pillow, which reads headers one byte at a time with every other thread waiting.
-    Signature, then chunks: length, name, content, checksum; IHDR first, the pixels in IDAT.
-    """
-    if head[:8] != b"\x89PNG\r\n\x1a\n" or head[12:16] != b"IHDR":
-        return None
-    at = 8
-    while head[at + 4 : at + 8] != b"IDAT":
-        # Any text may hold EXIF in an older manner of writing it.
-        if head[at + 4 : at + 8] not in _NO_EXIF:
-            return None
-        at += 12 + int.from_bytes(head[at : at + 4], "big")
-    width, height = struct.unpack(">II", head[16:24])
-    return (width, height) if width and height else None
 
 
 def common_size(sizes: Sequence[Size], wanted: int | None) -> Size:
@@ -75,12 +61,12 @@ def common_size(sizes: Sequence[Size], wanted: int | None) -> Size:
     return max(1, round(factor * size[0])), max(1, round(factor * size[1]))
 
 
-def read_image(stream: BinaryIO, size: Size, colour: str) -> np.ndarray:
+def read_image(content: bytes, size: Size, colour: str) -> np.ndarray:
     """The first frame of an image as uint8 [h, w, 3], or [h, w, 1] where it is stored as grey.
 
     Args:
-      stream: its bytes. An open one, as Pillow maps the files that it opens itself, and garbles
-        a TIFF that is turned so.
+      content: the file. Its bytes, as Pillow asks for little at a time; and it maps files that it
+        opens itself, and garbles a TIFF that is turned so.
       size: what it gets.
       colour: ``grey`` for one channel always, ``auto`` for one where no pixel has a colour either,
         ``rgb`` to leave out that check.
@@ -89,23 +75,40 @@ def read_image(stream: BinaryIO, size: Size, colour: str) -> np.ndarray:
       Exception: of any kind, where Pillow cannot decode the file.
       ValueError: pixels of more than 16 bits, whose range is not known.
     """
-    with Image.open(stream) as image:
-        # A large JPEG can be decoded at a fraction of its size, which is several times faster.
-        enough = 2 * max(size)
-        image.draft(None, (enough, enough))
-        image.load()  # a TIFF is turned by this, and its tag gone
-        turned = image.getexif().get(_ORIENTATION, 1) != 1
-        eight_bit = _on_white(ImageOps.exif_transpose(image) if turned else image)
-    if colour == "grey" and eight_bit.mode == "RGB":
+    simple = png.decode(content)
+    eight_bit = _opened(content, size) if simple is None else _from_pixels(simple)
+    if colour == "grey" and eight_bit.mode != "L":
         eight_bit = eight_bit.convert("L")
     if eight_bit.size != size:
         eight_bit = _fit(eight_bit, size)
+    if eight_bit.mode == "RGBX":
+        eight_bit = eight_bit.convert("RGB")
     pixels = np.asarray(eight_bit)
     if pixels.ndim == 2:
         return pixels[..., None]
     if colour == "auto" and not (pixels != pixels[..., :1]).any():
         return pixels[..., :1]
     return pixels
+
+
+def _from_pixels(pixels: np.ndarray) -> Image.Image:
+    """Grey, RGB or RGBA, 8 bits, as ``_on_white`` gives it, or as RGBX: with a channel unused."""
+    if pixels.ndim == 3 and pixels.shape[2] == 4 and pixels[..., 3].min() == 255:
+        size = pixels.shape[1], pixels.shape[0]
+        # As Pillow lays out RGB in memory, so that nothing is copied before it is scaled.
+        return Image.frombuffer("RGBX", size, pixels, "raw", "RGBX", 0, 1)
+    return _on_white(Image.fromarray(pixels))
+
+
+def _opened(content: bytes, size: Size) -> Image.Image:
+    """What Pillow reads from a file: upright, 8 bits, a JPEG at no less than twice ``size``."""
+    with Image.open(io.BytesIO(content)) as image:
+        # A large JPEG can be decoded at a fraction of its size, which is several times faster.
+        enough = 2 * max(size)
+        image.draft(None, (enough, enough))
+        image.load()  # a TIFF is turned by this, and its tag gone
+        turned = image.getexif().get(_ORIENTATION, 1) != 1
+        return _on_white(ImageOps.exif_transpose(image) if turned else image)
 
 
 def _fit(image: Image.Image, size: Size) -> Image.Image:

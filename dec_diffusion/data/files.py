@@ -12,6 +12,7 @@ import numpy as np
 
 from dec_diffusion.data.config import LARGE, DataConfig, suggest
 from dec_diffusion.data.dataset import Dataset, from_arrays
+from dec_diffusion.data.shards import files_of_shards, open_shards
 from dec_diffusion.types import InputError
 
 IMAGE_KEYS = ("image", "images", "x", "X", "data", "examples", "features")
@@ -146,8 +147,14 @@ def parse_idx(path: Path) -> np.ndarray:
 
 
 def read_array(config: DataConfig) -> Dataset:
-    """A ``.npy`` file of examples, or an ``.npz`` with examples and perhaps labels and splits."""
+    """A ``.npy`` file of examples, a folder of such, or an ``.npz``, perhaps with labels."""
     path = Path(str(config.path)).expanduser()
+    if path.is_dir() and files_of_shards(path):
+        _refuse_named(config, path)
+        source = f"--config.data.path={path}"
+        examples, labels = open_shards(path)
+        name = path.resolve().name
+        return from_arrays(examples, labels, name=name, source=source, limit=config.limit)
     check_file(path)
     with reading(path, "copy or write the file again"), path.open("rb") as file:
         magic = file.read(6)
@@ -170,14 +177,20 @@ def read_array(config: DataConfig) -> Dataset:
 
 
 def _npy_part(config: DataConfig, examples: np.ndarray, path: Path) -> _Part:
-    _refuse_split(config, f"{path}: a .npy file has no splits")
+    _refuse_named(config, path)
+    return _Part(examples, None)
+
+
+def _refuse_named(config: DataConfig, path: Path) -> None:
+    """Refuse options that choose among the arrays of an ``.npz``."""
+    what = "a folder of .npy files" if path.is_dir() else "a .npy file"
+    _refuse_split(config, f"{path}: {what} has no splits")
     for option in ("image_key", "label_key"):
         if getattr(config, option) is not None:
             raise InputError(
-                f"--config.data.{option}: {path} is a .npy file, one array without a name; use an"
+                f"--config.data.{option}: {path} is {what}, one array without a name; use an"
                 " .npz, or leave the option unset"
             )
-    return _Part(examples, None)
 
 
 def _npz_part(config: DataConfig, archive: np.lib.npyio.NpzFile, path: Path) -> tuple[_Part, str]:

@@ -5,8 +5,6 @@ put on white where it is transparent, and scaled so that it just covers the comm
 sticks out on two sides is cut off (``decode``). Large results are kept on disk (``cache``).
 """
 
-import contextlib
-import io
 import itertools
 import os
 import time
@@ -21,15 +19,16 @@ from typing import Any, BinaryIO, NamedTuple, TypeVar
 import numpy as np
 from PIL import Image
 
-from dec_diffusion.data import cache
+from dec_diffusion.data import cache, shares
 from dec_diffusion.data.config import DataConfig
 from dec_diffusion.data.dataset import Dataset, choose_rows, from_arrays
 from dec_diffusion.data.decode import common_size, read_image, read_size
+from dec_diffusion.data.shares import ALONE, Filled, Team
 from dec_diffusion.progress import Progress
-from dec_diffusion.types import InputError
+from dec_diffusion.types import InputError, Rows
 
 BATCH = 256  # images that are looked for at a time
-_TOGETHER = 8  # images that a thread takes at a time
+_TOGETHER = 8  # images that a thread takes at a time, or eight times as many headers
 _AHEAD = 4  # such parts that wait for a thread
 _NAMED = 5  # files that a warning names
 _IGNORED = {"thumbs.db", "desktop.ini", "__macosx"}  # what operating systems leave in folders
@@ -63,13 +62,18 @@ Batches = Callable[[], Iterator[Sequence[Encoded]]]
 
 
 def read_folder(
-    config: DataConfig, shape: tuple[int, ...] | None = None, *, verbose: int = 0
+    config: DataConfig,
+    shape: tuple[int, ...] | None = None,
+    *,
+    team: Team = ALONE,
+    verbose: int = 0,
 ) -> Dataset:
     """All images below a folder, in the order of their paths: uint8 [n, h, w, 1 or 3].
 
     Args:
       config: what to read.
       shape: (h, w, c) that images get where the config leaves it open: what a trained run needs.
+      team: processes that all call this, and share the work where the result is kept on disk.
       verbose: 0 is silent, 1 reports progress on standard output if it takes long.
 
     Raises:
@@ -85,13 +89,16 @@ def read_folder(
     files = find_files(folder)
 
     def batches() -> Iterator[Sequence[Encoded]]:
-        encoded = (Encoded(str(file), partial(open, file, "rb")) for file in files)
+        # Without a buffer, as most are read by one call.
+        encoded = (Encoded(file, partial(open, file, "rb", buffering=0)) for file in files)
         while batch := list(itertools.islice(encoded, BATCH)):
             yield batch
 
     options = (config.size, config.colour, config.broken, config.limit, shape)
     kept = cache.locate(config.cache, folder, options, map(cache.stamp, files))
-    images, rows = read_images(config, batches, len(files), shape, kept=kept, verbose=verbose)
+    images, rows = read_images(
+        config, batches, len(files), shape, kept=kept, team=team, verbose=verbose
+    )
     paths = [files[row] for row in rows]
     return from_arrays(
         images,
@@ -99,7 +106,7 @@ def read_folder(
         name=folder.resolve().name or "folder",
         source=f"--config.data.path={folder}",
         rows=rows,
-        paths=[str(path) for path in paths],
+        paths=paths,
     )
 
 
@@ -110,8 +117,9 @@ def read_images(
     shape: tuple[int, ...] | None = None,
     *,
     kept: cache.Cache | None = None,
+    team: Team = ALONE,
     verbose: int = 0,
-) -> tuple[np.ndarray, np.ndarray]:
+) -> tuple[Rows, np.ndarray]:
     """Encoded images of any sizes and modes as one array.
 
     Args:
@@ -120,21 +128,21 @@ def read_images(
       total: how many they are.
       shape: see ``read_folder``.
       kept: where the result may be found, and is left if it is large; None for nowhere.
+      team: see ``read_folder``.
       verbose: see ``read_folder``.
 
     Returns:
-      uint8 [n, h, w, 1 or 3], perhaps mapped from a file, and int64 [n], the places of these
+      uint8 [n, h, w, 1 or 3], perhaps mapped from files, and int64 [n], the places of these
       images among all.
 
     Raises:
       InputError: an image is broken (unless such are skipped), or none is left.
     """
-    found = None if kept is None else cache.find(kept)
-    if found is not None and kept is not None:
-        if verbose:
-            print(f"{len(found.rows):,} decoded images come from {kept.folder}", flush=True)
-    else:
-        found = _decode(config, batches, total, shape, kept, verbose)
+    found = shares.find(kept, team)
+    if found is None:
+        found = _decode(config, batches, total, shape, kept, team, verbose)
+    elif verbose and kept is not None:
+        print(f"{len(found.rows):,} decoded images come from {kept.folder}", flush=True)
     if found.broken:
         _warn([Broken(*each) for each in found.broken], total)
     return found.images, found.rows
@@ -146,68 +154,64 @@ def _decode(
     total: int,
     shape: tuple[int, ...] | None,
     kept: cache.Cache | None,
+    team: Team,
     verbose: int,
 ) -> cache.Entry:
     """Read all images; arguments and errors are those of ``read_images``."""
     show = _shown(f"looking at {total:,} images", total, verbose)
-    headers = list(_each(read_size, batches(), show))
+    # By every process: all must come to the same size.
+    headers = list(_each(read_size, batches(), show, together=8 * _TOGETHER))
     broken = [header for header in headers if isinstance(header, Broken)]
     _refuse(config, broken)
     rows = np.array([i for i, h in enumerate(headers) if not isinstance(h, Broken)], np.int64)
     # Of all images, not of the chosen ones: a limit must not change the size.
-    size = common_size([h for h in headers if not isinstance(h, Broken)], config.size)
+    width, height = common_size([h for h in headers if not isinstance(h, Broken)], config.size)
     colour = config.colour
     if shape and len(shape) == 3 and shape[2] in (1, 3):
-        size = size if config.size else (shape[1], shape[0])
+        width, height = (width, height) if config.size else (shape[1], shape[0])
         colour = {1: "grey", 3: "rgb"}[shape[2]] if colour == "auto" else colour
     rows = rows[choose_rows(len(rows), config.limit)]
 
-    def fill(store: cache.Memory | cache.Writer) -> cache.Entry:
-        if colour == "rgb":
-            store.widen()
-        readable, unreadable = np.ones(len(rows), bool), list(broken)
-        show = _shown(f"reading {len(rows):,} images", len(rows), verbose)
+    def fill(store: cache.Memory | cache.Writer, first: int, last: int) -> Filled:
+        own = rows[first:last]
+        unreadable = [] if first else list(broken)
+        readable = np.ones(len(own), bool)
+        show = _shown(f"reading {len(own):,} images", len(own), verbose)
 
         def read(stream: BinaryIO) -> np.ndarray:
-            # Whole, as Pillow asks for little at a time. And once an image has a colour, it no
-            # longer matters whether others have.
-            content = io.BytesIO(stream.read())
-            return read_image(content, size, "rgb" if store.channels == 3 else colour)
+            # Once an image has a colour, it no longer matters whether others have.
+            known = "rgb" if store.channels == 3 else colour
+            return read_image(stream.read(), (width, height), known)
 
-        for i, image in enumerate(_each(read, _chosen(batches(), rows), show)):
+        for i, image in enumerate(_each(read, _chosen(batches(), own), show)):
             if isinstance(image, Broken):
                 unreadable.append(image)
                 readable[i] = False
             else:
                 store.add(image)
         _refuse(config, unreadable)
-        if not store.count:
-            raise InputError(
-                f"--config.data.path={config.path}: none of its {total} files is an image that can"
-                f" be read, as {unreadable[0].name}, which {unreadable[0].reason}; check the path"
-            )
-        return store.finish(rows[readable], [(e.name, e.reason) for e in unreadable])
+        return Filled(own[readable], [(e.name, e.reason) for e in unreadable])
 
-    if kept is not None and kept.wants(
-        len(rows) * size[0] * size[1] * (1 + 2 * (colour != "grey"))
-    ):
-        try:
-            with contextlib.closing(cache.Writer(kept, len(rows), size)) as writer:
-                entry = fill(writer)
-            if verbose:
-                held = f"{entry.images.nbytes / 2**20:,.0f} MiB"
-                print(
-                    f"the decoded images are kept in {kept.folder} ({held});"
-                    " --config.data.cache=none keeps none",
-                    flush=True,
-                )
-            return entry
-        except cache.CacheError as error:
-            cache.warn(error)
-    return fill(cache.Memory(len(rows), size))
+    def refuse(unreadable: Sequence[tuple[str, str]]) -> None:
+        name, reason = unreadable[0]
+        raise InputError(
+            f"--config.data.path={config.path}: none of its {total} files is an image that can"
+            f" be read, as {name}, which {reason}; check the path"
+        )
+
+    return shares.decode(
+        fill,
+        len(rows),
+        (height, width, 3 if colour == "rgb" else 1),
+        largest=len(rows) * height * width * (1 if colour == "grey" else 3),
+        kept=kept,
+        team=team,
+        refuse=refuse,
+        verbose=verbose,
+    )
 
 
-def find_files(folder: Path) -> list[Path]:
+def find_files(folder: Path) -> list[str]:
     """All files below a folder, sorted by path; hidden ones are left out.
 
     Raises:
@@ -216,17 +220,19 @@ def find_files(folder: Path) -> list[Path]:
     if not folder.is_dir():
         what = "is a file; give the folder that holds it" if folder.exists() else "does not exist"
         raise InputError(f"--config.data.path={folder}: {what}; folder reads a folder of images")
-    files: list[Path] = []
+    files: list[str] = []
     seen: set[str] = set()  # folders, as links may lead back to one
     for place, names, here in os.walk(folder, followlinks=True):
         real = os.path.realpath(place)
         names[:] = [] if real in seen else [name for name in names if not _is_ignored(name)]
         if real not in seen:
-            files += [Path(place, name) for name in here if not _is_ignored(name)]
+            files += [os.path.join(place, name) for name in here if not _is_ignored(name)]
         seen.add(real)
     if not files:
         raise InputError(f"--config.data.path={folder}: holds no files; give a folder of images")
-    return sorted(files, key=lambda file: file.relative_to(folder).parts)
+    # Strings, as making and comparing paths takes longer than reading headers.
+    start = len(os.path.join(folder, ""))
+    return sorted(files, key=lambda file: file[start:].split(os.sep))
 
 
 def _is_ignored(name: str) -> bool:
@@ -237,6 +243,8 @@ def _each(
     read: Callable[[BinaryIO], _T],
     batches: Iterable[Sequence[Encoded]],
     show: Callable[[int], None],
+    *,
+    together: int = _TOGETHER,
 ) -> Iterator[_T | Broken]:
     """What ``read`` makes of each image, in order, in threads.
 
@@ -244,6 +252,7 @@ def _each(
       read: may raise anything.
       batches: the images.
       show: told how many are done, after each batch.
+      together: how many a thread takes at a time.
     """
 
     def attempt(images: Sequence[Encoded]) -> list[_T | Broken]:
@@ -263,8 +272,8 @@ def _each(
     waiting: deque[Future[list[_T | Broken]]] = deque()
     with ThreadPoolExecutor(threads) as pool:
         for batch in itertools.chain(batches, (None,)):
-            parts = range(0, len(batch or ()), _TOGETHER)
-            waiting.extend(pool.submit(attempt, batch[i : i + _TOGETHER]) for i in parts if batch)
+            parts = range(0, len(batch or ()), together)
+            waiting.extend(pool.submit(attempt, batch[i : i + together]) for i in parts if batch)
             # Some stay in hand, so that no thread idles while the next batch is looked for.
             while len(waiting) > (_AHEAD * threads if batch else 0):
                 part = waiting.popleft().result()
@@ -282,8 +291,10 @@ def _threads() -> int:
 
 def _chosen(batches: Iterable[Sequence[Encoded]], rows: np.ndarray) -> Iterator[Sequence[Encoded]]:
     """The images with these places, increasing, out of all."""
-    start = 0
+    start, end = 0, int(rows[-1]) if len(rows) else -1
     for batch in batches:
+        if start > end:
+            return
         first, last = np.searchsorted(rows, (start, start + len(batch)))
         yield [batch[row - start] for row in rows[first:last]]
         start += len(batch)
@@ -321,12 +332,13 @@ def _warn(broken: Sequence[Broken], total: int) -> None:
     warnings.warn(f"left out {len(broken)} of {total} files: {named}{more}", stacklevel=2)
 
 
-def _class_names(folder: Path, paths: Sequence[Path]) -> np.ndarray:
+def _class_names(folder: Path, paths: Sequence[str]) -> np.ndarray:
     """The name of the folder that each image lies in, str [n]."""
-    for path in paths:
-        if path.parent == folder:
+    parents = [os.path.dirname(path) for path in paths]
+    for path, parent in zip(paths, parents, strict=True):
+        if parent == str(folder):
             raise InputError(
                 f"{path}: lies in no class folder; with --config.data.labels=folders every image"
                 " must lie in a folder named after its class"
             )
-    return np.array([path.parent.name for path in paths])
+    return np.array([os.path.basename(parent) for parent in parents])

@@ -18,6 +18,7 @@ from dec_diffusion.data.config import DataConfig, files_of_parquet, suggest
 from dec_diffusion.data.dataset import Dataset, from_arrays
 from dec_diffusion.data.files import check_file, reading
 from dec_diffusion.data.folder import Encoded, read_images
+from dec_diffusion.data.shares import ALONE, Team
 from dec_diffusion.data.tables import (
     USUAL_LABELS,
     Columns,
@@ -35,13 +36,18 @@ _ROWS = 16384  # rows of numbers
 
 
 def read_parquet(
-    config: DataConfig, shape: tuple[int, ...] | None = None, *, verbose: int = 0
+    config: DataConfig,
+    shape: tuple[int, ...] | None = None,
+    *,
+    team: Team = ALONE,
+    verbose: int = 0,
 ) -> Dataset:
     """Images uint8 [n, h, w, 1 or 3] or vectors float32 [n, d], of one file or of all its parts.
 
     Args:
       config: what to read.
       shape: of images, see ``folder.read_folder``.
+      team: likewise.
       verbose: likewise.
 
     Raises:
@@ -92,6 +98,7 @@ def read_parquet(
         total,
         shape,
         kept=cache.locate(config.cache, path, options, map(cache.stamp, paths)),
+        team=team,
         verbose=verbose,
     )
     return from_arrays(

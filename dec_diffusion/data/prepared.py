@@ -12,15 +12,19 @@ in little-endian order; one record is one serialised ``tf.train.Example``.
 import os
 import re
 import struct
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
+from dec_diffusion.data import cache, shares
+from dec_diffusion.data.cache import Memory, Writer
 from dec_diffusion.data.config import DataConfig, suggest
 from dec_diffusion.data.dataset import Dataset, choose_rows, from_arrays
 from dec_diffusion.data.files import IMAGE_KEYS, LABEL_KEYS, reading
+from dec_diffusion.data.shares import ALONE, Filled, Team
 from dec_diffusion.types import InputError
 
 _CHUNK = 2000  # examples per bulk read; one at a time costs several times more
@@ -35,8 +39,13 @@ class Span(NamedTuple):
     length: int
 
 
-def read_tfds(config: DataConfig) -> Dataset:
-    """Read the chosen split of a prepared TFDS data set into memory.
+def read_tfds(config: DataConfig, *, team: Team = ALONE, verbose: int = 0) -> Dataset:
+    """Read the chosen split of a prepared TFDS data set, into the cache on disk if it is large.
+
+    Args:
+      config: what to read.
+      team: see ``sources.load``.
+      verbose: likewise.
 
     Raises:
       InputError: nothing prepared there, an unreadable format, split or feature, broken files.
@@ -82,19 +91,47 @@ def read_tfds(config: DataConfig) -> Dataset:
     with reading(folder, remedy):
         if file_format == "array_record":
             data = builder.as_data_source(split=split)
-            rows = choose_rows(len(data), config.limit)
-            decoded = _bulk(data, rows)
+            total, read = len(data), partial(_bulk, data)
         elif file_format == "tfrecord":
             spans = index_tfrecords(instructions)
-            rows = choose_rows(len(spans), config.limit)
             decode = builder.info.features.deserialize_example_np
-            decoded = map(decode, read_spans([spans[i] for i in rows]))
+            total, read = len(spans), partial(_decoded, spans, decode)
         else:
             raise InputError(
                 f"{folder}: is in {file_format} format, which cannot be read here; {remedy}"
             )
-        examples, labels = _collect(decoded, len(rows), image_key, label_key, source)
-    return from_arrays(examples, labels, name=builder.name, source=source, rows=rows)
+        # Every process learns the shape from the first example.
+        first = _value(next(iter(read(np.arange(1)))), image_key, source)
+    rows = choose_rows(total, config.limit)
+
+    def values(own: np.ndarray, labels: list[Any]) -> Iterator[np.ndarray]:
+        with reading(folder, remedy):
+            for example in read(own):
+                value = _value(example, image_key, source)
+                if value.shape != first.shape:
+                    raise InputError(
+                        f"{source}: examples differ in size, {first.shape} and {value.shape};"
+                        " resize them to one size before preparing the data set"
+                    )
+                if label_key is not None:
+                    labels.append(example[label_key])
+                yield value
+
+    def fill(store: Memory | Writer, start: int, stop: int) -> Filled:
+        labels: list[Any] = []
+        for value in values(rows[start:stop], labels):
+            store.add(value)
+        return Filled(rows[start:stop], [], np.asarray(labels) if label_key is not None else None)
+
+    stamps = [cache.stamp(file.filename) for file in instructions]
+    options = (split, image_key, label_key, config.limit)
+    kept = cache.locate(config.cache, folder, options, stamps)
+    found = shares.find(kept, team)
+    if found is None:
+        found = shares.decode(
+            fill, len(rows), first.shape, dtype=first.dtype, kept=kept, team=team, verbose=verbose
+        )
+    return from_arrays(found.images, found.labels, name=builder.name, source=source, rows=rows)
 
 
 def find_prepared(path: str | None, name: str | None) -> Path:
@@ -195,6 +232,12 @@ def _bulk(data: Any, rows: np.ndarray) -> Iterator[Mapping[str, Any]]:
         yield from data.__getitems__(rows[i : i + _CHUNK].tolist())
 
 
+def _decoded(
+    spans: Sequence[Span], decode: Callable[[bytes], Mapping[str, Any]], rows: np.ndarray
+) -> Iterator[Mapping[str, Any]]:
+    return map(decode, read_spans(spans[row] for row in rows))
+
+
 def _pick_key(
     keys: Sequence[str], wanted: str | None, usual: Sequence[str], option: str, folder: Path
 ) -> str | None:
@@ -206,30 +249,15 @@ def _pick_key(
     return wanted or next((key for key in usual if key in keys), None)
 
 
-def _collect(
-    decoded: Iterable[Mapping[str, Any]],
-    num_examples: int,
-    image_key: str,
-    label_key: str | None,
-    source: str,
-) -> tuple[np.ndarray, np.ndarray | None]:
-    """Stack examples and labels, filling one array as they come."""
-    examples, labels = np.empty((0, 1)), []
-    for i, example in enumerate(decoded):
-        value = np.asarray(example[image_key])
-        if value.dtype.kind not in "biuf" or value.ndim == 0:
-            raise InputError(
-                f"{source}: the feature is neither an image nor a vector (dtype {value.dtype},"
-                f" shape {value.shape}); choose another with --config.data.image_key"
-            )
-        if i == 0:
-            examples = np.empty((num_examples, *value.shape), value.dtype)
-        if value.shape != examples.shape[1:]:
-            raise InputError(
-                f"{source}: examples differ in size, {examples.shape[1:]} and {value.shape}; resize"
-                " them to one size before preparing the data set"
-            )
-        examples[i] = value
-        if label_key is not None:
-            labels.append(example[label_key])
-    return examples, np.asarray(labels) if label_key is not None else None
+def _value(example: Mapping[str, Any], image_key: str, source: str) -> np.ndarray:
+    """One example as uint8 or float32."""
+    value = np.asarray(example[image_key])
+    if value.dtype.kind not in "biuf" or value.ndim == 0:
+        raise InputError(
+            f"{source}: the feature is neither an image nor a vector (dtype {value.dtype},"
+            f" shape {value.shape}); choose another with --config.data.image_key"
+        )
+    if value.dtype in (np.uint8, np.float32):
+        return value
+    with np.errstate(over="ignore"):  # an overflow becomes inf and is reported later
+        return value.astype(np.float32)

@@ -5,16 +5,25 @@ from pathlib import Path
 from dec_diffusion.data import binary, files, folder, parquet, prepared, synthetic, tables
 from dec_diffusion.data.config import ARRAY_NAMES, BINARY_NAMES, IDX_NAMES, DataConfig, check_config
 from dec_diffusion.data.dataset import Dataset
+from dec_diffusion.data.shares import ALONE, Team
 from dec_diffusion.types import InputError
 
 
-def load(config: DataConfig, *, shape: tuple[int, ...] | None = None, verbose: int = 0) -> Dataset:
+def load(
+    config: DataConfig,
+    *,
+    shape: tuple[int, ...] | None = None,
+    team: Team = ALONE,
+    verbose: int = 0,
+) -> Dataset:
     """Read, validate and scale the data that ``config`` names.
 
     Args:
       config: what to read.
       shape: of one example of the training data, if this is to go through a trained run; the
         images of a folder are then made that size.
+      team: the processes that all call this with the same config: they share the decoding of
+        images where the result is kept on disk.
       verbose: 0 is silent, 1 shows progress on standard output where images take long to read.
 
     Raises:
@@ -37,12 +46,12 @@ def load(config: DataConfig, *, shape: tuple[int, ...] | None = None, verbose: i
     if name in BINARY_NAMES:
         return binary.read_cifar(config, name)
     if name == "folder":
-        return folder.read_folder(config, shape, verbose=verbose)
+        return folder.read_folder(config, shape, team=team, verbose=verbose)
     if name == "csv":
         return tables.read_csv(config)
     if name == "parquet":
-        return parquet.read_parquet(config, shape, verbose=verbose)
-    return prepared.read_tfds(config)
+        return parquet.read_parquet(config, shape, team=team, verbose=verbose)
+    return prepared.read_tfds(config, team=team, verbose=verbose)
 
 
 def column_names(config: DataConfig) -> list[str]:

@@ -1,0 +1,169 @@
+"""Examples in several arrays, most often mapped files, that are read as if they were one."""
+
+import itertools
+import re
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from dec_diffusion.types import InputError, Rows
+
+_CHUNK_BYTES = 2**25
+_NUMBERED = re.compile(r"(.*)-(\d+)-of-(\d+)\.npy")
+
+
+class Shards:
+    """Arrays [n_i, ...] of one dtype, one after the other along the first axis, never joined.
+
+    What is taken out by an index is a NumPy array: a view if it lies in one of the arrays, else a
+    copy of those rows. ``np.asarray`` joins all of them in memory.
+    """
+
+    def __init__(self, parts: Sequence[np.ndarray]) -> None:
+        """For at least one array; their shapes differ in the first axis only."""
+        self.parts = tuple(part for part in parts if len(part)) or tuple(parts[:1])
+        self._ends = np.cumsum([len(part) for part in self.parts])
+        self.dtype: np.dtype[Any] = self.parts[0].dtype
+        self.shape: tuple[int, ...] = (int(self._ends[-1]), *self.parts[0].shape[1:])
+
+    @property
+    def ndim(self) -> int:
+        return len(self.shape)
+
+    @property
+    def size(self) -> int:
+        return sum(part.size for part in self.parts)
+
+    @property
+    def nbytes(self) -> int:
+        return sum(part.nbytes for part in self.parts)
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def __iter__(self) -> Iterator[np.ndarray]:
+        return itertools.chain.from_iterable(self.parts)
+
+    def __getitem__(self, index: Any) -> np.ndarray:
+        """The rows of an integer, a slice, or integers or a mask along the first axis."""
+        n = len(self)
+        if isinstance(index, slice):
+            start, stop, step = index.indices(n)
+            return (
+                self._range(start, stop) if step == 1 else self._take(np.arange(start, stop, step))
+            )
+        rows = np.asarray(index)
+        if rows.dtype == bool:
+            if rows.shape != (n,):
+                raise IndexError(f"a mask of shape {rows.shape} for {n} rows")
+            rows = np.flatnonzero(rows)
+        if rows.size and not (-n <= rows.min() and rows.max() < n):
+            raise IndexError(f"index out of range for {n} rows")
+        return self._take(np.where(rows < 0, rows + n, rows).astype(np.int64))
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
+        return np.concatenate(self.parts).astype(dtype or self.dtype, copy=False)
+
+    def _range(self, start: int, stop: int) -> np.ndarray:
+        found, begin = [], 0
+        for part, end in zip(self.parts, self._ends.tolist(), strict=True):
+            if start < end and begin < stop:
+                found.append(part[max(0, start - begin) : stop - begin])
+            begin = end
+        if len(found) < 2:
+            return found[0] if found else self.parts[0][:0]
+        return np.concatenate(found)
+
+    def _take(self, rows: np.ndarray) -> np.ndarray:
+        which = np.searchsorted(self._ends, rows, side="right")
+        starts = np.concatenate([[0], self._ends])
+        if rows.ndim == 0:
+            return self.parts[which][rows - starts[which]]
+        out = np.empty((*rows.shape, *self.shape[1:]), self.dtype)
+        for number in np.unique(which):
+            own = which == number
+            out[own] = self.parts[number][rows[own] - starts[number]]
+        return out
+
+
+def chunks(examples: Rows) -> Iterator[tuple[int, np.ndarray]]:
+    """A few rows at a time with the number of the first, so that copies of them stay small."""
+    size = max(1, _CHUNK_BYTES // max(1, examples.nbytes // max(1, len(examples))))
+    for start in range(0, len(examples), size):
+        yield start, examples[start : start + size]
+
+
+def flat(examples: Rows) -> Rows:
+    """The same examples as vectors [n, d]."""
+    return each(examples, lambda part: part.reshape(len(part), -1))
+
+
+def each(examples: Rows, function: Callable[[np.ndarray], np.ndarray]) -> Rows:
+    """``function``, which keeps the first axis, of all examples, or of those of each shard."""
+    if isinstance(examples, Shards):
+        return Shards([function(part) for part in examples.parts])
+    return function(np.asanyarray(examples))
+
+
+def files_of_shards(folder: Path) -> list[Path]:
+    """The ``.npy`` files in a folder, by name; hidden ones are left out."""
+    return sorted(p for p in folder.glob("*.npy") if not p.name.startswith("."))
+
+
+def open_shards(folder: Path) -> tuple[Shards, np.ndarray | None]:
+    """Map all ``.npy`` files of a folder as one array; those called ``labels*`` are its labels.
+
+    Raises:
+      InputError: none there, one missing by the number in its name, unlike the first in shape or
+        dtype, or no plain NumPy file.
+    """
+    files = files_of_shards(folder)
+    named = [file for file in files if file.name.startswith("labels")]
+    files = [file for file in files if file not in named]
+    if not files:
+        raise InputError(
+            f"--config.data.path={folder}: holds no *.npy files of examples; check the path"
+        )
+    examples = Shards(_mapped(files))
+    labels = np.concatenate(_mapped(named)) if named else None
+    return examples, labels
+
+
+def _mapped(files: Sequence[Path]) -> list[np.ndarray]:
+    _check_numbers(files)
+    parts: list[np.ndarray] = []
+    for file in files:
+        try:
+            # Never unpickle: a pickle in a data file can run any code.
+            part = np.load(file, mmap_mode="r", allow_pickle=False)
+        except (OSError, ValueError, EOFError) as error:
+            reason = " ".join(str(error).split())[:160] or type(error).__name__
+            raise InputError(
+                f"{file}: cannot be read ({reason}); write plain arrays with np.save"
+            ) from error
+        if not isinstance(part, np.ndarray) or part.ndim == 0:
+            raise InputError(f"{file}: is not an array of examples; write it with np.save")
+        first = parts[0] if parts else part
+        if (part.dtype, part.shape[1:]) != (first.dtype, first.shape[1:]):
+            raise InputError(
+                f"{file}: holds {part.dtype} of shape {part.shape[1:]}, {files[0].name}"
+                f" {first.dtype} of shape {first.shape[1:]}; all files of a folder must be alike"
+            )
+        parts.append(part)
+    return parts
+
+
+def _check_numbers(files: Sequence[Path]) -> None:
+    """Refuse a set of files named ``NAME-00000-of-00016.npy`` of which one is missing."""
+    names = {file.name for file in files}
+    for file in files:
+        match = _NUMBERED.fullmatch(file.name)
+        if match is None:
+            continue
+        stem, number, count = match.groups()
+        for i in range(int(count)):
+            wanted = f"{stem}-{i:0{len(number)}d}-of-{count}.npy"
+            if wanted not in names:
+                raise InputError(f"{file.parent / wanted}: is missing; copy it there, too")

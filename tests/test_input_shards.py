@@ -1,0 +1,257 @@
+"""Input in several files: arrays mapped one after the other, and decoding shared by processes."""
+
+import pathlib
+import socket
+import zlib
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from dec_diffusion import data, evaluate, num_clusters, train
+from dec_diffusion.data.shards import Shards
+from dec_diffusion.types import InputError
+
+RNG = np.random.default_rng(0)
+IMAGES = RNG.integers(0, 256, (23, 6, 5, 3), dtype=np.uint8)
+CUTS = [9, 9, 10]  # of 23 rows: parts of 9, 0, 1 and 13
+
+
+def parts(x: np.ndarray) -> list[np.ndarray]:
+    return np.split(x, CUTS)
+
+
+def put(folder: pathlib.Path, x: np.ndarray, labels: np.ndarray | None = None) -> pathlib.Path:
+    folder.mkdir(exist_ok=True)
+    for i, part in enumerate(parts(x)):
+        np.save(folder / f"images-{i:05d}-of-00004.npy", part)
+    if labels is not None:
+        for i, part in enumerate(np.split(labels, [11])):
+            np.save(folder / f"labels-{i}.npy", part)
+    return folder
+
+
+def load(folder: pathlib.Path, name: str = "array", **options) -> data.Dataset:
+    return data.load(data.DataConfig(name=name, path=str(folder), **options))
+
+
+INDICES = [
+    0, -1, 9, np.int64(10), slice(None), slice(2, 7), slice(8, 12), slice(9, 9), slice(-4, None),
+    slice(20, 99), slice(None, None, 3), slice(None, None, -1), slice(0, 0), [3, 9, 9, 22, 0],
+    np.array([], np.int64), np.arange(23)[::-1], np.arange(20).reshape(4, 5),
+    np.arange(23) % 3 == 0,
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("index", INDICES, ids=str)
+def test_an_index_takes_what_it_takes_from_the_joined_array(index):
+    shards = Shards(parts(IMAGES))
+    found = shards[index]
+    np.testing.assert_array_equal(found, IMAGES[index])
+    assert isinstance(found, np.ndarray) and found.dtype == np.uint8
+
+
+def test_shards_tell_of_themselves_what_the_joined_array_tells():
+    shards = Shards(parts(IMAGES))
+    assert (shards.shape, shards.dtype, shards.ndim) == (IMAGES.shape, IMAGES.dtype, 4)
+    assert (shards.size, shards.nbytes, len(shards)) == (IMAGES.size, IMAGES.nbytes, 23)
+    np.testing.assert_array_equal(np.stack(list(shards)), IMAGES)
+    np.testing.assert_array_equal(np.asarray(shards, np.float32), IMAGES.astype(np.float32))
+    for wrong in (23, -24, [0, 23], np.ones(22, bool)):
+        with pytest.raises(IndexError):
+            shards[wrong]
+
+
+@pytest.mark.parametrize("kind", ["colour", "grey", "vectors", "float64"])
+def test_a_folder_of_arrays_is_the_data_set_of_the_joined_file(tmp_path, kind):
+    x = {"colour": IMAGES, "grey": IMAGES[..., 0]}.get(kind, RNG.normal(size=(23, 4)))
+    x = x if kind in ("colour", "grey", "float64") else x.astype(np.float32)
+    labels = np.arange(23) % 3
+    np.save(tmp_path / "whole.npy", x)
+    whole, found = load(tmp_path / "whole.npy"), load(put(tmp_path / "parts", x, labels))
+    np.testing.assert_array_equal(np.asarray(found.examples), whole.examples)
+    assert isinstance(found.examples, Shards) and found.examples.dtype == whole.examples.dtype
+    np.testing.assert_array_equal(found.offset, whole.offset)
+    np.testing.assert_array_equal(found.scale, whole.scale)
+    np.testing.assert_array_equal(found.labels, labels)
+    few, some = (load(tmp_path / name, limit=7) for name in ("whole.npy", "parts"))
+    np.testing.assert_array_equal(few.examples, some.examples)
+    np.testing.assert_array_equal(few.rows, some.rows)
+    assert train._checksum(found.examples) == train._checksum(np.asarray(whole.examples))
+
+
+def test_baselines_and_the_number_of_clusters_are_those_of_the_joined_file(tmp_path):
+    x = (np.repeat(np.eye(4) * 9, 60, 0) + RNG.normal(size=(240, 4))).astype(np.float32)
+    x = x[RNG.permutation(240)]
+    np.save(tmp_path / "whole.npy", x)
+    sets = [load(tmp_path / "whole.npy"), load(put(tmp_path / "parts", x))]
+    assert [num_clusters.choose(d.examples).chosen for d in sets] == [4, 4]
+    assignment = evaluate.Assignment(np.zeros(240, np.int32), np.ones(240), np.ones((240, 1)), x)
+    first, second = (evaluate.compare(d, assignment, 4, seed=0) for d in sets)
+    assert first.keys() == second.keys()
+    for name, baseline in first.items():
+        assert second[name]["scores"] == pytest.approx(baseline["scores"], abs=1e-6)
+    for dataset in sets:
+        data.check_clusters(dataset, 4, 16)
+
+
+@pytest.mark.parametrize(
+    ("harm", "message"),
+    [
+        ("missing", r"images-00002-of-00004\.npy: is missing; copy it there"),
+        ("shape", r"images-00003-of-00004\.npy: holds uint8 of shape \(4, 4\), .*must be alike"),
+        ("dtype", r"images-00003-of-00004\.npy: holds float32 of shape .*must be alike"),
+        ("pickle", r"images-00003-of-00004\.npy: cannot be read .*np\.save"),
+        ("cut", r"images-00003-of-00004\.npy: cannot be read"),
+        ("labels", "22 labels for 23 examples"),
+        ("only labels", r"no \*\.npy files of examples"),
+        ("split", r"--config\.data\.split=train: .*a folder of \.npy files has no splits"),
+        ("key", r"--config\.data\.image_key: .*a folder of \.npy files"),
+    ],
+)
+def test_what_does_not_fit_together_is_refused_in_one_line(tmp_path, harm, message):
+    folder = put(tmp_path / "a", IMAGES, np.arange(23))
+    last, options = folder / "images-00003-of-00004.npy", {}
+    if harm == "missing":
+        (folder / "images-00002-of-00004.npy").unlink()
+    elif harm == "shape":
+        np.save(last, np.zeros((3, 4, 4), np.uint8))
+    elif harm == "dtype":
+        np.save(last, np.load(last).astype(np.float32))
+    elif harm == "pickle":
+        np.save(last, np.array([print], object), allow_pickle=True)
+    elif harm == "cut":
+        last.write_bytes(last.read_bytes()[:-1])
+    elif harm == "labels":
+        np.save(folder / "labels-0.npy", np.arange(10))
+    elif harm == "only labels":
+        for file in folder.glob("images*"):
+            file.unlink()
+    else:
+        options = {"split": "train"} if harm == "split" else {"image_key": "x"}
+    with pytest.raises(InputError, match=message) as error:
+        load(folder, "npy", **options)
+    assert "\n" not in str(error.value)
+
+
+def test_a_stray_array_does_not_make_a_folder_of_images_one_of_arrays(tmp_path):
+    np.save(tmp_path / "a.npy", IMAGES)
+    (tmp_path / "b.png").write_bytes(b"")
+    assert data.config.check_config(data.DataConfig(name="array", path=str(tmp_path))) == "folder"
+    (tmp_path / "b.png").unlink()
+    assert data.config.check_config(data.DataConfig(name="array", path=str(tmp_path))) == "npy"
+
+
+# -- decoding shared by processes --
+
+READ = """
+import sys, warnings, zlib
+import numpy as np
+from dec_diffusion import data, distributed, train
+from dec_diffusion.types import InputError
+address, number, name, path, cache, colour, broken = sys.argv[1:]
+config = data.DataConfig(name=name, path=path, cache=cache, colour=colour, broken=broken)
+warnings.simplefilter("ignore")
+with distributed.joined(distributed.Pod("on", address, 2, int(number), 120), verbose=False):
+    try:
+        d = train.read(config, verbose=int(number == "0"))
+    except InputError as error:
+        print("refused", error)
+    else:
+        x = np.asarray(d.examples)
+        print("read", type(d.examples).__name__, x.shape, zlib.crc32(x.tobytes()), d.rows.tolist())
+        print("labels", None if d.labels is None else d.labels.tolist())
+"""
+
+
+@pytest.fixture
+def two(start_python) -> Callable[..., list[str]]:
+    """Reads data in two processes; what each says, last lines only."""
+
+    def run(name, path, caches, *, colour="auto", broken="refuse") -> list[str]:
+        address = f"localhost:{free_port()}"
+        running = [
+            start_python(READ, address, i, name, path, caches[i], colour, broken, devices=1)
+            for i in range(2)
+        ]
+        outputs = [process.communicate(timeout=200) for process in running]
+        assert [p.returncode for p in running] == [0, 0], outputs
+        return [said for said, _ in outputs]
+
+    return run
+
+
+def free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("localhost", 0))
+        return s.getsockname()[1]
+
+
+def pictures(folder: pathlib.Path, colours: set[int]) -> pathlib.Path:
+    """Twenty-three images, those of ``colours`` not grey."""
+    folder.mkdir()
+    for i, image in enumerate(IMAGES):
+        pixels = image if i in colours else image[..., 0]
+        Image.fromarray(pixels).save(folder / f"{i:02d}.png")
+    return folder
+
+
+def said(dataset: data.Dataset, kind: str = "Shards") -> str:
+    x = np.asarray(dataset.examples)
+    labels = None if dataset.labels is None else dataset.labels.tolist()
+    rows = dataset.rows.tolist()
+    return f"read {kind} {x.shape} {zlib.crc32(x.tobytes())} {rows}\nlabels {labels}\n"
+
+
+@pytest.mark.parametrize("colours", [{3}, {20}], ids=["in the first", "in the last"])
+def test_processes_share_the_decoding_and_get_what_one_gets(tmp_path, two, colours):
+    folder, kept = pictures(tmp_path / "a", colours), tmp_path / "kept"
+    alone = load(folder, "folder", cache="none")
+    for output in two("folder", folder, [kept, kept]):
+        assert output.endswith(said(alone))
+    (entry,) = kept.iterdir()
+    parts = [np.load(file) for file in sorted(entry.glob("images-*"))]
+    assert [len(part) for part in parts] == [11, 12]
+    # Found by one process, too.
+    found = load(folder, "folder", cache=str(kept))
+    assert isinstance(found.examples, Shards) and found.paths == alone.paths
+    np.testing.assert_array_equal(np.asarray(found.examples), alone.examples)
+
+
+def test_a_broken_image_of_one_share_stops_both_or_is_skipped_by_both(tmp_path, two):
+    folder, kept = pictures(tmp_path / "a", {5}), tmp_path / "kept"
+    cut = (folder / "17.png").read_bytes()
+    (folder / "17.png").write_bytes(cut[:-30])
+    for output in two("folder", folder, [kept, kept]):
+        (line,) = [line for line in output.splitlines() if line.startswith("refused")]
+        assert "17.png: cannot be read" in line and "repair or remove it" in line
+    assert list(kept.iterdir()) == []
+    with pytest.warns(UserWarning, match=r"left out 1 of 23 files: .*17\.png"):
+        alone = load(folder, "folder", cache="none", broken="skip")
+    for output in two("folder", folder, [kept, kept], broken="skip"):
+        assert output.endswith(said(alone))
+
+
+def test_without_a_common_cache_each_decodes_all_and_one_line_says_so(tmp_path, two):
+    folder = pictures(tmp_path / "a", {5})
+    kept = [tmp_path / "first", tmp_path / "second"]
+    alone = load(folder, "folder", cache="none")
+    outputs = two("folder", folder, kept)
+    for output in outputs:
+        assert output.endswith(said(alone, "ndarray"))
+    assert outputs[0].count("is not one folder for all processes") == 1
+    assert "--config.data.cache=FOLDER" in outputs[0] and len(outputs[1].splitlines()) == 2
+    assert [len(list(place.iterdir())) for place in kept] == [1, 1]
+
+
+def test_a_process_that_cannot_read_at_all_stops_those_that_wait_for_it(tmp_path, start_python):
+    folder, kept = pictures(tmp_path / "a", set()), tmp_path / "kept"
+    address, paths = f"localhost:{free_port()}", [folder, tmp_path / "elsewhere"]
+    running = [
+        start_python(READ, address, i, "folder", paths[i], kept, "auto", "refuse", devices=1)
+        for i in range(2)
+    ]
+    outputs = [process.communicate(timeout=200)[0] for process in running]
+    assert "elsewhere: does not exist" in outputs[1]
+    assert "process 1 stopped: " in outputs[0] and "elsewhere: does not exist" in outputs[0]
