@@ -46,7 +46,7 @@ def compile_sweep(function: Callable[..., Any], data: Data) -> Callable[..., Any
     n, count, size = len(data.raw), placement.size(), data.rows.shape[1]
 
     def run(params: Params, cluster: Any, key: PRNGKeyArray) -> Any:
-        own = params, spread.without_rows(cluster), key
+        own = params, spread.without_tables(cluster), key
         params, cluster, key = placement.replicate(own)
         # A call for each batch of every device, not a scan: one program then serves data of any
         # size, and an example gets the same result, bit by bit, whatever it comes with.
@@ -195,7 +195,7 @@ def _sweep(examples: Examples, num_examples: int, sweep_size: int) -> engine.Swe
     """Of resident data, by every device its own part."""
     sweep = feed.sweep_resident(examples, num_examples=num_examples, sweep_size=sweep_size)
     return lambda stage, params, cluster, key: sweep(
-        stage, params, spread.without_rows(cluster), key
+        stage, params, spread.without_tables(cluster), key
     )
 
 
@@ -263,7 +263,7 @@ def _collect_streamed(
 
     def run(params: Params, cluster: Any, key: PRNGKeyArray) -> Collected:
         params, parts, first = placement.replicate(params), [], 0
-        cluster = spread.without_rows(cluster)
+        cluster = spread.without_tables(cluster)
         scaling = data.examples.offset, data.examples.scale
         rows = data.rows.reshape(count, per_device, -1).swapaxes(0, 1)
         for raw, index in feed.superbatches(data, rows, axis=1):

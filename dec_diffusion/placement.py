@@ -3,7 +3,7 @@
 The only file that knows the name of the mesh's axis, and the only one with collectives in it.
 
 State       the same on every device, or large arrays spread along one dimension
-Examples    equal contiguous parts, one for each device; ``spread.Rows`` of a state likewise
+Examples    equal contiguous parts, one for each device; a ``spread.Table`` of a state likewise
 Batches     spread along the batch
 """
 
@@ -18,7 +18,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from dec_diffusion.engine import TrainState
-from dec_diffusion.spread import Rows, map_rows
+from dec_diffusion.spread import Table, map_tables
 from dec_diffusion.types import Array
 
 _AXIS = "devices"
@@ -59,14 +59,14 @@ def local(tree: Any) -> Any:
 
 
 def whole(tree: Any) -> Any:
-    """The same arrays, ``Rows`` without padding and on every device: fit for any layout."""
+    """The same arrays, tables without padding and on every device: fit for any layout."""
 
-    def gathered(table: Rows) -> Rows:
+    def gathered(table: Table) -> Table:
         if len(table.values) == table.count:
             return table
-        return Rows(_gathered(table.values, count=table.count), table.count)
+        return Table(_gathered(table.values, count=table.count), table.count)
 
-    return map_rows(gathered, tree)
+    return map_tables(gathered, tree)
 
 
 def spread(shape: tuple[int, ...], read: Callable[..., Any], *, axis: int = 0) -> Array:
@@ -87,16 +87,16 @@ def place_state(state: TrainState, *, num_rows: int = 0, shard_params: bool = Fa
 
     Args:
         state: arrays; every process must give the same values.
-        num_rows: of a sweep, padding included; several devices have as many in their ``Rows``.
+        num_rows: of a sweep, padding included; several devices have as many in their tables.
         shard_params: spread large arrays over the devices, see ``TrainConfig``.
     """
 
-    def padded(table: Rows) -> Rows:
+    def padded(table: Table) -> Table:
         more = num_rows - len(table.values) if size() > 1 else 0
         host = np.asarray(table.values)
-        return Rows(np.pad(host, ((0, more), *[(0, 0)] * (host.ndim - 1))), table.count)  # pyright: ignore[reportArgumentType]
+        return Table(np.pad(host, ((0, more), *[(0, 0)] * (host.ndim - 1))), table.count)  # pyright: ignore[reportArgumentType]
 
-    state = map_rows(padded, state)
+    state = map_tables(padded, state)
     return jax.tree.map(_put, state, _specs(state, shard_params))
 
 
@@ -129,7 +129,7 @@ def _specs(state: TrainState, shard_params: bool) -> TrainState:
         jax.tree.map(spec, state.params),
         jax.tree.map(spec, state.ema_params),
         jax.tree.map(spec, state.opt_state),
-        map_rows(lambda table: Rows(P(_AXIS), table.count), everywhere.cluster),  # pyright: ignore[reportArgumentType]
+        map_tables(lambda table: Table(P(_AXIS), table.count), everywhere.cluster),  # pyright: ignore[reportArgumentType]
     )
 
 

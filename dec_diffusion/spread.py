@@ -17,7 +17,7 @@ from dec_diffusion.types import Array, Int, Shaped, pytree, static
 
 
 @pytree
-class Rows:
+class Table:
     """A table with a row for every example, which lies where the examples lie.
 
     A method's losses and updates may use one; its sweeps and ``predict`` find it empty, for they
@@ -47,18 +47,18 @@ class Rows:
         return found.sum(0, dtype=self.values.dtype)
 
 
-def map_rows(function: Callable[[Rows], Any], tree: Any) -> Any:
-    """The same tree, but for its ``Rows``."""
+def map_tables(function: Callable[[Table], Any], tree: Any) -> Any:
+    """The same tree, but for its tables."""
 
     def one(leaf: Any) -> Any:
-        return function(leaf) if isinstance(leaf, Rows) else leaf
+        return function(leaf) if isinstance(leaf, Table) else leaf
 
-    return jax.tree.map(one, tree, is_leaf=lambda leaf: isinstance(leaf, Rows))
+    return jax.tree.map(one, tree, is_leaf=lambda leaf: isinstance(leaf, Table))
 
 
-def without_rows(tree: Any) -> Any:
-    """The same tree, its ``Rows`` empty."""
-    return map_rows(lambda table: Rows(table.values[:0], table.count), tree)
+def without_tables(tree: Any) -> Any:
+    """The same tree, its tables empty."""
+    return map_tables(lambda table: Table(table.values[:0], table.count), tree)
 
 
 def parts() -> int:

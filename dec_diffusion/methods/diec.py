@@ -45,7 +45,7 @@ from dec_diffusion.method import (
 from dec_diffusion.networks import denoiser_network, residual_map
 from dec_diffusion.schedule import Schedule
 from dec_diffusion.search import Cell, Projection
-from dec_diffusion.spread import Rows
+from dec_diffusion.spread import Table
 from dec_diffusion.types import (
     Array,
     Batch,
@@ -249,11 +249,11 @@ class Clusters:
     projection: Projection
     features: Float[Array, "f d"]
     anchors: Float[Array, "a d"]
-    target: Rows
-    neighbours: Rows
-    similarity: Rows
-    labels: Rows
-    first: Rows
+    target: Table
+    neighbours: Table
+    similarity: Table
+    labels: Table
+    first: Table
     denoising: Float[Array, " 2"]
     snapshot: Float[Array, "m *s"]
     map: SearchMap
@@ -309,11 +309,11 @@ def _method(s: DiEC, denoiser: Denoiser, spec: DataSpec) -> Method:
             projection=Projection(jnp.zeros(width), jnp.zeros((width, d)), jnp.zeros(d)),
             features=jnp.zeros((n if s.frozen else 0, d)),
             anchors=jnp.zeros((len(anchors), d)),
-            target=Rows(jnp.full((n, k), 1.0 / k), n),
-            neighbours=Rows(jnp.zeros((n, s.neighbours), jnp.int32), n),
-            similarity=Rows(jnp.zeros((n, s.neighbours)), n),
-            labels=Rows(jnp.zeros(n, jnp.int32), n),
-            first=Rows(jnp.zeros(n, jnp.int32), n),
+            target=Table(jnp.full((n, k), 1.0 / k), n),
+            neighbours=Table(jnp.zeros((n, s.neighbours), jnp.int32), n),
+            similarity=Table(jnp.zeros((n, s.neighbours)), n),
+            labels=Table(jnp.zeros(n, jnp.int32), n),
+            first=Table(jnp.zeros(n, jnp.int32), n),
             denoising=jnp.zeros(2),
             snapshot=jnp.zeros((_SNAPSHOT, *spec.shape)),
             map=SearchMap(jnp.zeros(e, jnp.int32), cells, zeros, jnp.zeros(m, jnp.int32), none),
@@ -364,18 +364,18 @@ def _method(s: DiEC, denoiser: Denoiser, spec: DataSpec) -> Method:
         subset_key, score_key, axes_key, kmeans_key, sample_key = jax.random.split(key, 5)
         x, weight = trimmed((x, weight))
         examples = jax.random.permutation(subset_key, n)[:m].astype(jnp.int32)
-        found = explore(params, Rows(x, n).take(examples), score_key)
+        found = explore(params, Table(x, n).take(examples), score_key)
         timesteps, cells = found
         value = compare(cells)
         best, layer = jnp.unravel_index(value.argmax(), value.shape)
         layer, timestep = layer.astype(jnp.int32), timesteps[best]
 
         h = features.in_blocks(lambda block: at_cell(params, block, timestep, layer), x)
-        projection = search.principal(axes_key, Rows(h, n).take(examples), d)
+        projection = search.principal(axes_key, Table(h, n).take(examples), d)
         projection = search.whiten(projection) if s.whiten else projection
         e = search.project(projection, h, unit=s.unit)
         start = kmeans(kmeans_key, e, k, weight=weight, restarts=s.restarts, max_iterations=100)
-        labels = Rows(start.labels.astype(jnp.int32), n)
+        labels = Table(start.labels.astype(jnp.int32), n)
         cluster = dataclasses.replace(
             cluster,
             layer=layer,
@@ -499,17 +499,17 @@ def _method(s: DiEC, denoiser: Denoiser, spec: DataSpec) -> Method:
         tested = np.pad(held_out if held_out.any() else ~held_out, (0, len(weight) - n))
         now = _mean(errors, jnp.asarray(tested, jnp.float32))
         before = jnp.where(progress > 0, cluster.denoising[0], now)
-        points = Rows(z, n).take(jnp.asarray(anchors, jnp.int32))
+        points = Table(z, n).take(jnp.asarray(anchors, jnp.int32))
         neighbours, similarity = targets.neighbour_graph(
             z, s.neighbours, weight=weight, among=(points, jnp.asarray(anchors))
         )
         cluster = dataclasses.replace(
             cluster,
             anchors=points,
-            target=Rows(target[s.target](log_q, weight), n),
-            neighbours=Rows(neighbours, n),
-            similarity=Rows(similarity, n),
-            labels=Rows(labels, n),
+            target=Table(target[s.target](log_q, weight), n),
+            neighbours=Table(neighbours, n),
+            similarity=Table(similarity, n),
+            labels=Table(labels, n),
             denoising=jnp.stack([before, now]),
         )
         info = {
