@@ -112,7 +112,8 @@ def _keep_compiled_programs() -> None:
     if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
         cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
         jax.config.update("jax_compilation_cache_dir", str(cache / "dec_diffusion" / "jax"))
-        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
+        # All of them: dozens of small ones add up to a second of every start.
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     # An entry that a kill cut short is compiled again, and a folder that cannot be written only
     # costs time: neither is anything a person must know at every start.
     warnings.filterwarnings("ignore", message="Error (reading|writing) persistent compilation")

@@ -5,7 +5,6 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import numpy as np
-from scipy.special import entr
 
 from dec_diffusion import metrics, parallel
 from dec_diffusion.baselines import baselines, gmm_on, kmeans_on
@@ -39,6 +38,8 @@ class Assignment(NamedTuple):
     @property
     def entropy(self) -> np.ndarray:
         """float32 [n], of the responsibilities, in nats: 0 if sure, log K if all are alike."""
+        from scipy.special import entr
+
         return entr(self.responsibilities.astype(np.float64)).sum(1).astype(np.float32)
 
 

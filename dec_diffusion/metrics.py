@@ -26,7 +26,6 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike
-from scipy.optimize import linear_sum_assignment
 
 from dec_diffusion.types import InputError
 
@@ -61,7 +60,7 @@ def clustering_accuracy(labels_true: ArrayLike, labels_pred: ArrayLike) -> float
     With more clusters than classes the examples of unmatched clusters count as errors.
     """
     table, _, _ = contingency(labels_true, labels_pred)
-    rows, columns = linear_sum_assignment(table, maximize=True)
+    rows, columns = _matching(table)
     return float(table[rows, columns].sum() / table.sum())
 
 
@@ -72,7 +71,7 @@ def best_match(labels_true: ArrayLike, labels_pred: ArrayLike) -> dict[Any, Any]
     classes is absent.
     """
     table, classes, clusters = contingency(labels_true, labels_pred)
-    rows, columns = linear_sum_assignment(table, maximize=True)
+    rows, columns = _matching(table)
     return dict(zip(clusters[columns].tolist(), classes[rows].tolist(), strict=True))
 
 
@@ -97,7 +96,7 @@ def external_scores(labels_true: ArrayLike, labels_pred: ArrayLike) -> dict[str,
         InputError: as `contingency`.
     """
     table, _, _ = contingency(labels_true, labels_pred)
-    rows, columns = linear_sum_assignment(table, maximize=True)
+    rows, columns = _matching(table)
     matched = table[rows, columns]
     sizes = table.sum(axis=1)
     return {
@@ -293,6 +292,14 @@ def _clusters(labels: ArrayLike, num_clusters: int | None) -> tuple[np.ndarray, 
             f"{num_clusters} labels must be integers in that range"
         )
     return np.arange(num_clusters), distinct.astype(np.int64)[codes]
+
+
+def _matching(table: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Rows and columns of the one-to-one matching of greatest sum."""
+    # Half a second to import, which a run should not wait for before its first step.
+    from scipy.optimize import linear_sum_assignment
+
+    return linear_sum_assignment(table, maximize=True)
 
 
 def _encode(labels: ArrayLike, name: str) -> tuple[np.ndarray, np.ndarray]:

@@ -26,7 +26,6 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
-from scipy import sparse
 
 from dec_diffusion.types import Rows
 
@@ -157,6 +156,7 @@ def principal_axes(x: np.ndarray, most: int) -> np.ndarray:
 
 def shared_neighbours(z: np.ndarray, k: int) -> Graph:
     """The graph of equation (1) of vectors [n, d] with ``k`` neighbours each: [n, n], no loops."""
+    from scipy import sparse
     from sklearn.neighbors import NearestNeighbors
 
     n = len(z)
@@ -170,6 +170,8 @@ def shared_neighbours(z: np.ndarray, k: int) -> Graph:
 
 def communities(graph: Graph, rng: np.random.Generator) -> np.ndarray:
     """Labels int64 [n] of great modularity, equation (2): nodes move, then what they formed."""
+    from scipy import sparse
+
     labels = np.arange(graph.shape[0])
     while True:
         home = _moved(graph, rng)

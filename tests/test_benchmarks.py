@@ -5,6 +5,8 @@ import json
 import pathlib
 from types import ModuleType
 
+import jax
+import jax.numpy as jnp
 import pytest
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
@@ -75,3 +77,67 @@ def test_reading_is_compared_with_pillow(monkeypatch):
     for name in ("ours", "cached"):
         ratio = result["ratio"][name]
         assert 0 < ratio["min"] <= ratio["median"] <= ratio["max"]
+
+
+def suite(monkeypatch: pytest.MonkeyPatch, tmp_path: pathlib.Path, parts: str) -> dict:
+    """What the command prints of these parts, as small as they come."""
+    monkeypatch.syspath_prepend(ROOT)
+    monkeypatch.setenv("XLA_FLAGS", "--xla_backend_optimization_level=0")
+    main = importlib.import_module("benchmarks.__main__").main
+    output = tmp_path / "suite.json"
+    options = ["--tiny", "--skip-torch", "--repeats=1", "--device=cpu", f"--output={output}"]
+    assert main([f"--only={parts}", *options]) == 0
+    return json.loads(output.read_text())["parts"]
+
+
+def test_the_suite_gives_both_sides_of_mixture_and_kmeans(monkeypatch, tmp_path):
+    parts = suite(monkeypatch, tmp_path, "mixture,kmeans")
+    (mixture,) = (part for part in parts["mixture"].values() if isinstance(part, dict))
+    ours, *others = [c["value"] for c in mixture["contenders"].values()]
+    # The same start and as many iterations: the same log-likelihood.
+    assert others and all(other == pytest.approx(ours, rel=1e-4) for other in others)
+    assert set(mixture["ratios"]) >= {"ours/sklearn_float32", "ours/sklearn_float64"}
+    for part in parts["kmeans"].values():
+        if isinstance(part, dict):
+            values = [c["value"] for c in part["contenders"].values()]
+            assert values[0] == pytest.approx(values[1], rel=0.05)
+            assert part["ratios"]["ours/sklearn"]["min"] > 0
+            assert all(c["working_mib"] > 0 for c in part["contenders"].values())
+
+
+def test_operations_are_counted_through_loops(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT)
+    count = importlib.import_module("benchmarks.account").count
+
+    def program(x, kernel):
+        y, _ = jax.lax.scan(lambda a, _: (a @ a, None), x, length=3)
+        image = jax.lax.conv_general_dilated(
+            y[None, :, :, None], kernel, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")
+        )
+        return jax.jit(jnp.sum)(image)
+
+    flop, byte = count(jax.make_jaxpr(program)(jnp.ones((4, 4)), jnp.ones((3, 3, 1, 5))).jaxpr)
+    assert flop == 3 * 2 * 4**3 + 2 * (4 * 4 * 5) * (3 * 3)
+    assert byte == 4 * (3 * 3 * 16 + 16 + 45 + 80)
+
+
+def test_the_suite_names_an_unknown_part(monkeypatch, capsys):
+    monkeypatch.syspath_prepend(ROOT)
+    with pytest.raises(SystemExit) as stop:
+        importlib.import_module("benchmarks.__main__").main(["--only=mixtures"])
+    assert stop.value.code == 2 and "mixtures" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_the_other_parts_of_the_suite_run(monkeypatch, tmp_path):
+    names = "step,iteration,sampling,search,growth,account,imports"
+    parts = suite(monkeypatch, tmp_path, names)
+    assert not any("skipped" in part for part in parts.values())
+    assert parts["step"]["valid"]
+    assert parts["iteration"]["contenders"]["ours"]["seconds"]["median"] > 0
+    for name in ("ddpm400", "ddim50"):
+        assert parts["sampling"][name]["contenders"]["ours"]["images_per_second"] > 0
+    assert parts["search"]["ratio"] > 0
+    assert all(parts["account"][n]["of_peak_products"] > 0 for n in ("step", "mixture_iteration"))
+    # JAX and little else: the package imports its parts when they are used.
+    assert parts["imports"]["beyond_jax_seconds"]["package"] < 1.0

@@ -149,3 +149,11 @@ print([m for m in ("tensorflow", "tensorflow_datasets", "torch", "matplotlib") i
 print(xla_bridge.backends_are_initialized())
 """
     assert run_python(code).stdout.split("\n")[:2] == ["[]", "False"]
+
+
+def test_training_is_imported_without_what_only_scores_need(run_python):
+    code = """
+import sys, dec_diffusion.command
+print([m for m in ("scipy.optimize", "scipy.stats", "sklearn", "matplotlib") if m in sys.modules])
+"""
+    assert run_python(code).stdout.strip() == "[]"
