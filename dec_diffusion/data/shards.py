@@ -13,7 +13,7 @@ from dec_diffusion.types import InputError, Rows
 
 _CHUNK_BYTES = 2**22
 _TAKEN_BYTES = 2**24
-_AROUND = 2**16  # bytes that are mapped with every byte that is read
+_AROUND = 2**20  # bytes that may be mapped with every byte that is read
 _NUMBERED = re.compile(r"(.*)-(\d+)-of-(\d+)\.npy")
 
 
