@@ -38,9 +38,14 @@ class Assignment(NamedTuple):
     @property
     def entropy(self) -> np.ndarray:
         """float32 [n], of the responsibilities, in nats: 0 if sure, log K if all are alike."""
+        # Late: SciPy takes longer to import than most runs to start.
         from scipy.special import entr
 
-        return entr(self.responsibilities.astype(np.float64)).sum(1).astype(np.float32)
+        out = np.empty(len(self.labels), np.float32)
+        for start in range(0, len(out), _CHUNK):
+            part = self.responsibilities[start : start + _CHUNK].astype(np.float64)
+            out[start : start + _CHUNK] = entr(part).sum(1)
+        return out
 
 
 Assign = Callable[[TrainState], Assignment]
@@ -53,7 +58,8 @@ def compile_assign(method: Method, data: parallel.Data, key: PRNGKeyArray) -> As
     def assign(state: TrainState) -> Assignment:
         log_resp, embedding = sweep(state.ema_params, state.cluster, key)
         labels = log_resp.argmax(1).astype(np.int32)
-        resp = np.empty(log_resp.shape, np.float32)
+        # In its place: both are as long as the data.
+        resp = log_resp if log_resp.dtype == np.float32 else log_resp.astype(np.float32)
         for start in range(0, len(resp), _CHUNK):
             part = np.exp(log_resp[start : start + _CHUNK].astype(np.float64))
             resp[start : start + _CHUNK] = part / part.sum(1, keepdims=True)

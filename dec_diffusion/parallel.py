@@ -50,12 +50,19 @@ def compile_sweep(function: Callable[..., Any], data: Data) -> Callable[..., Any
         params, cluster, key = placement.replicate(own)
         # A call for each batch of every device, not a scan: one program then serves data of any
         # size, and an example gets the same result, bit by bit, whatever it comes with.
-        parts = []
+        out, done = None, 0
         for first in range(0, -(-n // size), count):
             rows = data.rows[first : first + count].reshape(-1)
             raw, index = feed.to_devices(data.raw, rows)
-            parts.append(jax.device_get(one(params, cluster, key, scaling, first, raw, index)))
-        return jax.tree.map(lambda *a: np.concatenate(a)[:n], *parts)
+            part = jax.device_get(one(params, cluster, key, scaling, first, raw, index))
+            if out is None:
+                # At once and only once: results are as long as the data.
+                out = jax.tree.map(lambda a: np.empty((n, *a.shape[1:]), a.dtype), part)
+            m = min(len(rows), n - done)
+            for whole, a in zip(jax.tree.leaves(out), jax.tree.leaves(part), strict=True):
+                whole[done : done + m] = a[:m]
+            done += m
+        return out
 
     return run
 

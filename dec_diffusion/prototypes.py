@@ -12,6 +12,7 @@ from dec_diffusion.data import Dataset
 from dec_diffusion.evaluate import Assignment
 
 PER_CLUSTER = 10
+_ROWS = 16384  # members that are compared at a time
 _EQUAL = 3  # decimals in which probabilities must differ to count as different
 
 
@@ -50,19 +51,26 @@ def ranked(assignment: Assignment, cluster: int) -> np.ndarray:
     members = np.flatnonzero(assignment.labels == cluster)
     if not len(members):
         return members
-    z = assignment.embedding[members]
+    parts = [members[i : i + _ROWS] for i in range(0, len(members), _ROWS)]
+    embedding = assignment.embedding
+    total = np.sum([embedding[part].sum(axis=0, dtype=np.float64) for part in parts], axis=0)
+    mean = total / len(members)
+    distance = np.concatenate([_square(embedding[part], mean) for part in parts])
     sure = np.round(assignment.probability[members], _EQUAL)
-    return members[np.lexsort((_square(z, z.mean(axis=0, dtype=np.float64)), -sure))]
+    return members[np.lexsort((distance, -sure))]
 
 
 def closest(prototypes: Prototypes, assignment: Assignment) -> list[str]:
     """The name of the closest prototype of each example's cluster; "" if it has none."""
-    names = np.full(len(assignment.labels), "", prototypes.name.dtype)
+    # References to a few strings, not as many strings.
+    names, known = np.full(len(assignment.labels), "", object), prototypes.name.astype(object)
     for k in np.unique(prototypes.cluster):
         members = np.flatnonzero(assignment.labels == k)
         own = prototypes.cluster == k
-        distance = [_square(assignment.embedding[members], z) for z in prototypes.embedding[own]]
-        names[members] = prototypes.name[own][np.argmin(distance, axis=0)]
+        for start in range(0, len(members), _ROWS):
+            part = members[start : start + _ROWS]
+            distance = [_square(assignment.embedding[part], z) for z in prototypes.embedding[own]]
+            names[part] = known[own][np.argmin(distance, axis=0)]
     return names.tolist()
 
 

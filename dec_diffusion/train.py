@@ -34,7 +34,7 @@ from dec_diffusion import (
 )
 from dec_diffusion.config import Config
 from dec_diffusion.data import Dataset
-from dec_diffusion.data.shards import chunks
+from dec_diffusion.data.shards import bounded, chunks
 from dec_diffusion.engine import TrainState
 from dec_diffusion.interrupt import Stop, StoppedError
 from dec_diffusion.method import DataSpec, Method, Phase, Pretrained
@@ -311,12 +311,13 @@ def save(run: Run, path: str | os.PathLike[str]) -> workdir.Workdir:
 
 def prepare(dataset: Dataset, config: Config) -> parallel.Data:
     """Put a data set where the engine can reach it, on the device if it fits."""
+    resident = dataset.examples.nbytes <= config.train.resident_gib * 2**30
     return parallel.place(
-        dataset.examples,
+        dataset.examples if resident else bounded(dataset.examples),
         dataset.offset,
         dataset.scale,
         sweep_size=config.train.sweep_size,
-        resident=dataset.examples.nbytes <= config.train.resident_gib * 2**30,
+        resident=resident,
     )
 
 
@@ -511,7 +512,9 @@ def _about(dataset: Dataset, spec: DataSpec, *, sampled: bool) -> dict[str, Any]
     """
     examples = dataset.examples
     if sampled:
-        examples = examples[np.linspace(0, len(examples) - 1, _CHECKED_ROWS).astype(np.int64)]
+        examples = bounded(examples)[
+            np.linspace(0, len(examples) - 1, _CHECKED_ROWS).astype(np.int64)
+        ]
     return {
         "architecture": spec.pretrained and spec.pretrained.architecture,
         "shape": dataset.example_shape,

@@ -80,15 +80,23 @@ def _plain(value: Any) -> Any:
     raise TypeError(f"{type(value).__name__} has no form in JSON: {value!r}")
 
 
-def _write_atomic(path: pathlib.Path, content: str | bytes) -> None:
+_PART = 2**20
+
+
+def _write_atomic(path: pathlib.Path, content: str | bytes | Iterable[str]) -> None:
     """Replaces ``path`` by ``content`` in one step; what was there stays until that step.
+
+    Long texts come in parts, so that they are never in memory as a whole.
 
     File names that are not valid UTF-8 come back from Python with surrogates, and are written as
     the bytes they were.
     """
     temporary = path.with_name(f".{path.name}.tmp")
     with open(temporary, "wb") as file:
-        file.write(content if isinstance(content, bytes) else _encoded(content))
+        if isinstance(content, bytes):
+            file.write(content)
+        else:
+            file.writelines(map(_encoded, [content] if isinstance(content, str) else content))
         file.flush()
         os.fsync(file.fileno())
     os.replace(temporary, path)
@@ -195,12 +203,21 @@ class Workdir(NamedTuple):
             assigned: The other columns; numbers are written with just the digits that their dtype
                 needs.
         """
-        out = io.StringIO()
-        writer = csv.writer(out, lineterminator="\n")
-        writer.writerow(["index", "path", *Assigned._fields])
-        for i, p, c, q, h, name in zip(index, path, *assigned, strict=True):
-            writer.writerow([int(i), os.fspath(p), int(c), str(q), str(h), name])
-        self.write_text(ASSIGNMENTS, out.getvalue())
+
+        def text() -> Iterator[str]:
+            out = io.StringIO()
+            writer = csv.writer(out, lineterminator="\n")
+            writer.writerow(["index", "path", *Assigned._fields])
+            for i, p, c, q, h, name in zip(index, path, *assigned, strict=True):
+                writer.writerow([int(i), os.fspath(p), int(c), str(q), str(h), name])
+                if out.tell() > _PART:
+                    yield out.getvalue()
+                    out.seek(0)
+                    out.truncate()
+            yield out.getvalue()
+
+        if _is_writer():
+            _write_atomic(self.path / ASSIGNMENTS, text())
 
     def append_metrics(self, record: Mapping[str, Any]) -> None:
         """Appends one record to ``metrics.jsonl``; it is with the system when this returns."""

@@ -1,6 +1,7 @@
 """Examples in several arrays, most often mapped files, that are read as if they were one."""
 
 import itertools
+import mmap
 import re
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -10,15 +11,18 @@ import numpy as np
 
 from dec_diffusion.types import InputError, Rows
 
-_CHUNK_BYTES = 2**25
+_CHUNK_BYTES = 2**22
+_TAKEN_BYTES = 2**24
+_AROUND = 2**20  # bytes that may be mapped with every byte that is read
 _NUMBERED = re.compile(r"(.*)-(\d+)-of-(\d+)\.npy")
 
 
 class Shards:
     """Arrays [n_i, ...] of one dtype, one after the other along the first axis, never joined.
 
-    What is taken out by an index is a NumPy array: a view if it lies in one of the arrays, else a
-    copy of those rows. ``np.asarray`` joins all of them in memory.
+    What is taken out by an index is a copy of those rows, after which the pages of mapped files
+    that held them are given back: they would count as memory of the process, up to the whole file.
+    ``np.asarray`` joins all in memory.
     """
 
     def __init__(self, parts: Sequence[np.ndarray]) -> None:
@@ -70,34 +74,55 @@ class Shards:
         found, begin = [], 0
         for part, end in zip(self.parts, self._ends.tolist(), strict=True):
             if start < end and begin < stop:
-                found.append(part[max(0, start - begin) : stop - begin])
+                found.append(np.array(part[max(0, start - begin) : stop - begin]))
+                give_back(part)
             begin = end
         if len(found) < 2:
-            return found[0] if found else self.parts[0][:0]
+            return found[0] if found else np.array(self.parts[0][:0])
         return np.concatenate(found)
 
     def _take(self, rows: np.ndarray) -> np.ndarray:
         which = np.searchsorted(self._ends, rows, side="right")
         starts = np.concatenate([[0], self._ends])
         if rows.ndim == 0:
-            return self.parts[which][rows - starts[which]]
-        out = np.empty((*rows.shape, *self.shape[1:]), self.dtype)
+            return np.array(self.parts[which][rows - starts[which]])
+        out = np.empty((rows.size, *self.shape[1:]), self.dtype)
+        which, flat = which.reshape(-1), rows.reshape(-1)
+        # A few at a time: with every row that is read the system maps pages around it.
+        size = max(1, _TAKEN_BYTES // max(_AROUND, out[:1].nbytes))
         for number in np.unique(which):
-            own = which == number
-            out[own] = self.parts[number][rows[own] - starts[number]]
-        return out
+            own = np.flatnonzero(which == number)
+            for block in np.split(own, range(size, len(own), size)):
+                out[block] = self.parts[number][flat[block] - starts[number]]
+                give_back(self.parts[number])
+        return out.reshape(*rows.shape, *self.shape[1:])
+
+
+def give_back(part: np.ndarray) -> None:
+    """Let the system have the pages of a file mapped to be read; they are read again if needed."""
+    base: Any = part
+    while base is not None and not isinstance(base, mmap.mmap):
+        base = getattr(base, "base", None)
+    if base is not None and not part.flags.writeable and hasattr(base, "madvise"):
+        base.madvise(mmap.MADV_DONTNEED)
+
+
+def bounded(examples: Rows) -> Rows:
+    """The same examples, but that reading them leaves nothing of mapped files in memory."""
+    return examples if isinstance(examples, Shards) else Shards([np.asarray(examples)])
 
 
 def chunks(examples: Rows) -> Iterator[tuple[int, np.ndarray]]:
     """A few rows at a time with the number of the first, so that copies of them stay small."""
+    examples = bounded(examples)
     size = max(1, _CHUNK_BYTES // max(1, examples.nbytes // max(1, len(examples))))
     for start in range(0, len(examples), size):
         yield start, examples[start : start + size]
 
 
 def flat(examples: Rows) -> Rows:
-    """The same examples as vectors [n, d]."""
-    return each(examples, lambda part: part.reshape(len(part), -1))
+    """The same examples as vectors [n, d], read as ``bounded`` ones."""
+    return each(bounded(examples), lambda part: part.reshape(len(part), -1))
 
 
 def each(examples: Rows, function: Callable[[np.ndarray], np.ndarray]) -> Rows:
