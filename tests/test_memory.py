@@ -48,8 +48,9 @@ def test_the_memory_of_a_streamed_run_does_not_grow_with_the_data(tmp_path, run_
         said = run_python(RUN, folder, tmp_path / f"run{megabytes}", devices=1).stdout
         peaks.append([float(word) for word in said.split()])
     (anonymous, mapped), (more_anonymous, more_mapped) = peaks
-    # Results take some bytes of each example, the files 512 MiB more.
-    assert more_anonymous < anonymous + 100 and more_mapped < mapped + 40, peaks
+    # The files have 512 MiB more. Results take little of that, but when arrays in flight are freed
+    # is a matter of chance (53 and 97 MiB were measured).
+    assert more_anonymous < anonymous + 200 and more_mapped < mapped + 40, peaks
 
 
 def put(path: pathlib.Path, n: int) -> None:
