@@ -2,7 +2,8 @@
 
 Work is counted in the program as written: two operations for every multiplication of a product or a
 convolution, and the bytes that those read and write once each; a loop counts as often as it runs,
-nothing else counts. So a share of 1 is out of reach. The peaks are measured in the same run.
+nothing else counts, and of a condition all branches do. So a share of 1 is out of reach. The peaks
+are measured in the same run; the copy is into memory newly allocated.
 """
 
 import contextlib
@@ -141,10 +142,18 @@ def count(jaxpr: Any) -> tuple[float, float]:
             byte += sum(v.aval.size * v.aval.dtype.itemsize for v in (left, right, out))
             continue
         times = parameters.get("length", 1) if name == "scan" else 1
-        inner = jax.core.jaxprs_in_params(parameters)
-        for more in map(count, inner):
+        for more in map(count, _inner(parameters)):
             flop, byte = flop + times * more[0], byte + times * more[1]
     return flop, byte
+
+
+def _inner(parameters: dict[str, Any]) -> Iterator[Any]:
+    """The programs among the parameters of an operation: bodies of loops, branches, calls."""
+    for value in parameters.values():
+        for part in value if isinstance(value, tuple | list) else [value]:
+            program = getattr(part, "jaxpr", part)
+            if hasattr(program, "eqns"):
+                yield program
 
 
 @contextlib.contextmanager

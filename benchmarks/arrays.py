@@ -37,9 +37,10 @@ def mixture(options: Options, platform: str) -> dict[str, Any]:
 def kmeans(options: Options, platform: str) -> dict[str, Any]:
     """k-means++ and Lloyd, 10 clusters: 70,000 x 32, and scikit-learn's digits."""
     every = [{"n": 70_000, "d": 32, "k": 10}, {"data": "digits", "k": 10}]
+    counts = (1, 10)
     if options.tiny:
-        every = every[1:]
-    sizes = [{**size, "restarts": restarts} for size in every for restarts in (1, 10)]
+        every, counts = every[1:], (10,)
+    sizes = [{**size, "restarts": restarts} for size in every for restarts in counts]
     return _measure(options, sizes, _KMEANS_SIDES)
 
 

@@ -90,19 +90,13 @@ def suite(monkeypatch: pytest.MonkeyPatch, tmp_path: pathlib.Path, parts: str) -
     return json.loads(output.read_text())["parts"]
 
 
-def test_the_suite_gives_both_sides_of_mixture_and_kmeans(monkeypatch, tmp_path):
-    parts = suite(monkeypatch, tmp_path, "mixture,kmeans")
+def test_both_sides_of_the_mixture_do_the_same(monkeypatch, tmp_path):
+    parts = suite(monkeypatch, tmp_path, "mixture")
     (mixture,) = (part for part in parts["mixture"].values() if isinstance(part, dict))
     ours, *others = [c["value"] for c in mixture["contenders"].values()]
     # The same start and as many iterations: the same log-likelihood.
     assert others and all(other == pytest.approx(ours, rel=1e-4) for other in others)
     assert set(mixture["ratios"]) >= {"ours/sklearn_float32", "ours/sklearn_float64"}
-    for part in parts["kmeans"].values():
-        if isinstance(part, dict):
-            values = [c["value"] for c in part["contenders"].values()]
-            assert values[0] == pytest.approx(values[1], rel=0.05)
-            assert part["ratios"]["ours/sklearn"]["min"] > 0
-            assert all(c["working_mib"] > 0 for c in part["contenders"].values())
 
 
 def test_operations_are_counted_through_loops(monkeypatch):
@@ -130,10 +124,16 @@ def test_the_suite_names_an_unknown_part(monkeypatch, capsys):
 
 @pytest.mark.slow
 def test_the_other_parts_of_the_suite_run(monkeypatch, tmp_path):
-    names = "step,iteration,sampling,search,growth,account,imports"
+    names = "kmeans,step,iteration,sampling,search,growth,account,imports"
     parts = suite(monkeypatch, tmp_path, names)
     assert not any("skipped" in part for part in parts.values())
     assert parts["step"]["valid"]
+    for part in parts["kmeans"].values():
+        if isinstance(part, dict):
+            values = [c["value"] for c in part["contenders"].values()]
+            assert values[0] == pytest.approx(values[1], rel=0.01)
+            assert part["ratios"]["ours/sklearn"]["min"] > 0
+            assert all(c["working_mib"] > 0 for c in part["contenders"].values())
     assert parts["iteration"]["contenders"]["ours"]["seconds"]["median"] > 0
     for name in ("ddpm400", "ddim50"):
         assert parts["sampling"][name]["contenders"]["ours"]["images_per_second"] > 0
