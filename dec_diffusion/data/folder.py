@@ -5,6 +5,7 @@ put on white where it is transparent, and scaled so that it just covers the comm
 sticks out on two sides is cut off (``decode``). Large results are kept on disk (``cache``).
 """
 
+import io
 import itertools
 import os
 import time
@@ -23,6 +24,7 @@ from dec_diffusion.data import cache, shares
 from dec_diffusion.data.config import DataConfig
 from dec_diffusion.data.dataset import Dataset, choose_rows, from_arrays
 from dec_diffusion.data.decode import common_size, read_image, read_size
+from dec_diffusion.data.png import Size
 from dec_diffusion.data.shares import ALONE, Filled, Team
 from dec_diffusion.progress import Progress
 from dec_diffusion.types import InputError, Rows
@@ -30,6 +32,8 @@ from dec_diffusion.types import InputError, Rows
 BATCH = 256  # images that are looked for at a time
 _TOGETHER = 8  # images that a thread takes at a time, or eight times as many headers
 _AHEAD = 4  # such parts that wait for a thread
+_SMALL = 2**16  # bytes below which a file is read whole when it is looked at
+_REMEMBERED = 2**28  # bytes of such files that are remembered until they are decoded
 _NAMED = 5  # files that a warning names
 _IGNORED = {"thumbs.db", "desktop.ini", "__macosx"}  # what operating systems leave in folders
 _QUIET_SECONDS = 3.0  # reading that is over by then needs no progress
@@ -159,8 +163,14 @@ def _decode(
 ) -> cache.Entry:
     """Read all images; arguments and errors are those of ``read_images``."""
     show = _shown(f"looking at {total:,} images", total, verbose)
-    # By every process: all must come to the same size.
-    headers = list(_each(read_size, batches(), show, together=8 * _TOGETHER))
+    contents: list[bytes | None] = []
+    # By every process: all must come to the same size. What one alone has read, it need not again.
+    look = partial(_look, remember=team.count == 1, room=[_REMEMBERED])
+    headers: list[Size | Broken] = []
+    for found in _each(look, batches(), show, together=8 * _TOGETHER):
+        size, content = (found, None) if isinstance(found, Broken) else found
+        headers.append(size)
+        contents.append(content)
     broken = [header for header in headers if isinstance(header, Broken)]
     _refuse(config, broken)
     rows = np.array([i for i, h in enumerate(headers) if not isinstance(h, Broken)], np.int64)
@@ -183,7 +193,7 @@ def _decode(
             known = "rgb" if store.channels == 3 else colour
             return read_image(stream.read(), (width, height), known)
 
-        for i, image in enumerate(_each(read, _chosen(batches(), own), show)):
+        for i, image in enumerate(_each(read, _chosen(batches(), own, contents), show)):
             if isinstance(image, Broken):
                 unreadable.append(image)
                 readable[i] = False
@@ -289,14 +299,34 @@ def _threads() -> int:
     return min(16, cores)
 
 
-def _chosen(batches: Iterable[Sequence[Encoded]], rows: np.ndarray) -> Iterator[Sequence[Encoded]]:
-    """The images with these places, increasing, out of all."""
+def _look(stream: BinaryIO, *, remember: bool, room: list[int]) -> tuple[Size, bytes | None]:
+    """The size of an image, and its file if that is small and there is ``room`` for it."""
+    if remember and room[0] > 0 and isinstance(stream, io.RawIOBase):
+        content = stream.read(_SMALL) or b""
+        if len(content) < _SMALL:
+            room[0] -= len(content)
+            return read_size(io.BytesIO(content)), content
+        stream.seek(0)
+    return read_size(stream), None
+
+
+def _chosen(
+    batches: Iterable[Sequence[Encoded]], rows: np.ndarray, contents: list[bytes | None]
+) -> Iterator[Sequence[Encoded]]:
+    """The images with these places, increasing, out of all; what was remembered is handed over."""
     start, end = 0, int(rows[-1]) if len(rows) else -1
     for batch in batches:
         if start > end:
             return
         first, last = np.searchsorted(rows, (start, start + len(batch)))
-        yield [batch[row - start] for row in rows[first:last]]
+        chosen = []
+        for row in rows[first:last].tolist():
+            image, content = batch[row - start], contents[row]
+            contents[row] = None
+            chosen.append(
+                image if content is None else image._replace(open=partial(io.BytesIO, content))
+            )
+        yield chosen
         start += len(batch)
 
 
