@@ -217,6 +217,8 @@ def started(folder, mode, *options):
         [LAUNCH / "local.sh", *options, "--", sys.executable, "-c", RECORD, f"--mode={mode}",
          f"--folder={folder}", "--x=a b"],
         stderr=subprocess.PIPE, text=True,
+        # As in a terminal: what is started in the background ignores it, and so do its children.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )  # fmt: skip
 
 
