@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dec_diffusion import engine, placement, stream
+from dec_diffusion import engine, placement, spread, stream
 from dec_diffusion.engine import Collected, Examples, Fetch, Sweep
 from dec_diffusion.method import EStage
 from dec_diffusion.types import Array, Batch, Params, PRNGKeyArray, Rows
@@ -80,10 +80,8 @@ def fetch_resident(examples: Examples) -> Fetch:
         return engine.fetch_resident(examples)
 
     def take(index: Array, block: Array) -> Array:
-        row = index - placement.number() * len(block)
-        mine = ((row >= 0) & (row < len(block))).reshape(-1, *[1] * (block.ndim - 1))
-        found = jnp.where(mine, block[jnp.clip(row, 0, len(block) - 1)], 0)
-        return placement.part_of_sum(found)
+        first = placement.number() * len(block)
+        return placement.part_of_sum(spread.own_rows(block, first, index))
 
     def fetch(index: Array) -> Batch:
         b = index.shape[0]

@@ -36,15 +36,20 @@ class Table:
         size = self.values.shape[0] // parts()
 
         def of_part(values: Array, first: Array, index: Array) -> Array:
-            row = index - first[0]
-            mine = ((row >= 0) & (row < len(values))).reshape(-1, *[1] * (values.ndim - 1))
-            return jnp.where(mine, values[jnp.clip(row, 0, len(values) - 1)], 0)[None]
+            return own_rows(values, first[0], index)[None]
 
         if parts() == 1:
             return self.values[index]
         # All parts but one give zeros.
         found = over_rows(of_part, self.values, jnp.arange(parts()) * size, whole=(index,))
         return found.sum(0, dtype=self.values.dtype)
+
+
+def own_rows(part: Array, first: Array, index: Int[Array, " b"]) -> Array:
+    """Rows of these numbers, [b, ...], from the part that begins with row ``first``; else zeros."""
+    row = index - first
+    mine = ((row >= 0) & (row < len(part))).reshape(-1, *[1] * (part.ndim - 1))
+    return jnp.where(mine, part[jnp.clip(row, 0, len(part) - 1)], 0)
 
 
 def map_tables(function: Callable[[Table], Any], tree: Any) -> Any:
