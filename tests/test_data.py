@@ -12,6 +12,8 @@ import os
 import struct
 import subprocess
 import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -227,6 +229,35 @@ def tfds_dir(tmp_path_factory):
     builder.download_and_prepare()
     convert_to_tfrecord(Path(builder.data_dir), root / "tiny_records" / "1.0.0")
     return root
+
+
+@pytest.mark.parametrize("name", ["tiny_digits", "tiny_records"])
+def test_a_team_shares_the_decoding_of_tfds(tfds_dir, tmp_path, name):
+    given, together = {}, threading.Barrier(2)
+
+    def read(number):
+        def exchange(topic, text):
+            given[number] = text
+            together.wait(30)
+            texts = [given[0], given[1]]
+            together.wait(30)
+            return texts
+
+        config = data.DataConfig(
+            name="tfds", path=str(tfds_dir), tfds_name=name, cache=str(tmp_path)
+        )
+        return data.load(config, team=data.Team(number, 2, exchange))
+
+    alone = data.load(
+        data.DataConfig(name="tfds", path=str(tfds_dir), tfds_name=name, cache="none")
+    )
+    with ThreadPoolExecutor(2) as pool:
+        for found in pool.map(read, (0, 1)):
+            np.testing.assert_array_equal(np.asarray(found.examples), alone.examples)
+            np.testing.assert_array_equal(found.labels, alone.labels)
+            np.testing.assert_array_equal(found.rows, alone.rows)
+    parts = sorted(file.name for file in tmp_path.glob("*/images-*"))
+    assert parts == ["images-00000-of-00002.npy", "images-00001-of-00002.npy"]
 
 
 def crc32c(content):
