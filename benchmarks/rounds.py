@@ -8,10 +8,15 @@ round.
 import dataclasses
 import statistics
 import sys
+import time
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from benchmarks.worker import WorkerError
+
+_PAUSE = 0.3
+"""Seconds before each call: threads of the contender before it may turn idly for a while and keep
+a core from this one."""
 
 Measured = dict[str, float]
 """One call: ``seconds``, ``cpu_seconds``, ``loss`` and, if known, ``peak_mib``."""
@@ -53,6 +58,7 @@ def alternate(contenders: Contenders, repeats: int, notes: list[str]) -> dict[st
     names = list(runs)
     for repeat in range(repeats):
         for name in names[repeat % len(names) :] + names[: repeat % len(names)]:
+            time.sleep(_PAUSE)
             runs[name].append(contenders[name]())
         line = ", ".join(f"{n} {1e3 * runs[n][-1]['seconds']:.1f}" for n in names)
         say(f"round {repeat + 1} of {repeats}, ms: {line}")

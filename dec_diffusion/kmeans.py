@@ -18,6 +18,7 @@ no effect.
 import dataclasses
 import functools
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -84,23 +85,30 @@ def plus_plus(
     trials = min(n, trials or 2 + int(math.log(k)))
     weight = jnp.ones_like(x[:, 0]) if weight is None else weight.astype(x.dtype)
     y = x - _mean(x, weight, None)
-    log_weight = jnp.log(weight)
+    squares = jnp.sum(y * y, axis=1)
     keys = jax.random.split(key, k)
 
+    def to(rows: Array) -> Array:
+        return jnp.maximum(_relative(y, y[rows]) + squares, 0)
+
     def step(closest: Array, key: PRNGKeyArray) -> tuple[Array, Array]:
-        logits = jnp.log(closest) + log_weight
+        rate = closest * weight
         # Every point may already be a centre; padding must not be drawn even then.
-        logits = jnp.where(jnp.any(logits > -jnp.inf), logits, log_weight)
-        noisy = logits + jax.random.gumbel(key, (n,), x.dtype)
-        score, candidates = largest(noisy, trials)
-        reached = jnp.minimum(closest, distances(y, y[candidates]).T)
-        potential = jnp.where(score > -jnp.inf, _matmul(reached, weight), jnp.inf)
+        rate = jnp.where(jnp.any(rate > 0), rate, weight)
+        drawn, candidates = largest(rate / _exponential(key, n, x.dtype), trials)
+        reached = jnp.minimum(closest, to(candidates))
+        potential = jnp.where(drawn > 0, _matmul(reached, weight), jnp.inf)
         best = jnp.argmin(potential)
         return reached[best], candidates[best]
 
-    first = jax.random.categorical(keys[0], log_weight)
-    _, rest = jax.lax.scan(step, distances(y, y[first][None])[:, 0], keys[1:])
+    first = jnp.argmax(weight / _exponential(keys[0], n, x.dtype))
+    _, rest = jax.lax.scan(step, to(first[None])[0], keys[1:])
     return x[jnp.concatenate([first[None], rest])]
+
+
+def _exponential(key: PRNGKeyArray, n: int, dtype: Any) -> Float[Array, " n"]:
+    """Standard exponential: the largest of rates over these is drawn in proportion to its rate."""
+    return -jnp.log(jax.random.uniform(key, (n,), dtype, minval=jnp.finfo(dtype).tiny))
 
 
 @functools.partial(jax.jit, static_argnames=("max_iterations", "axis_name"))

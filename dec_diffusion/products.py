@@ -80,19 +80,20 @@ def _over_blocks(
     blocks = 1 if spread.parts() > 1 else -(-n * (2 * d + k) // limit)
     size = -(-n // blocks)
 
-    def add(number: Array, total: tuple[Array, ...]) -> tuple[Array, ...]:
+    def add(total: tuple[Array, ...], number: Array) -> tuple[tuple[Array, ...], None]:
         # The last block begins early enough to be full; rows seen before count no more.
         start = jnp.minimum(number * size, n - size)
         block = [jax.lax.dynamic_slice_in_dim(part, start, size) for part in rows]
         fresh = start + jnp.arange(size) >= number * size
         block[1] = jnp.where(fresh, block[1], 0)
-        return jax.tree.map(jnp.add, total, _block(block, reference, factors))
+        return jax.tree.map(jnp.add, total, _block(block, reference, factors)), None
 
     if blocks == 1:
         return _block(rows, reference, factors)
     shapes = (k,), (k, d), (k, d), ()
     zero = tuple(jnp.zeros(shape, rows[0].dtype) for shape in shapes)
-    return jax.lax.fori_loop(0, blocks, add, zero)
+    # Two blocks at a time, for what is not a product runs on one core each.
+    return jax.lax.scan(add, zero, jnp.arange(blocks), unroll=2)[0]
 
 
 def _block(
