@@ -4,8 +4,8 @@ Both sides start from the same components and iterate equally often (mixture), o
 k-means++ seeds with as many candidates, restarts and the same rule to stop, other seeds in every
 round (k-means). Each size and side has a process of its own, so that its peak is its own:
 ``working_mib`` is the most memory that the process has had less what it had before the task, data
-and libraries loaded; ours finds its programs compiled, and ``compiling_mib`` is the same of a process
-that compiles them.
+and libraries loaded; ours finds its programs compiled, and ``compiling_mib`` is the same of a
+process that compiles them.
 """
 
 import contextlib

@@ -39,7 +39,7 @@ def sampling(options: Options, platform: str) -> dict[str, Any]:
     settings = dataclasses.replace(
         OFFICIAL, num_examples=batch_size, batch_size=batch_size, device=options.device
     )
-    counts = {"ddpm400": 400 // share, "ddim50": 50 // share}
+    counts = {"ddpm400": 400 // share, "ddim50": 50}
     if options.tiny:
         counts = {"ddpm400": 4, "ddim50": 2}
     results = _measure(options, settings, counts)

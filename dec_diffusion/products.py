@@ -80,7 +80,7 @@ def _over_blocks(
     blocks = 1 if spread.parts() > 1 else -(-n * (2 * d + k) // limit)
     size = -(-n // blocks)
 
-    def add(total: tuple[Array, ...], number: Array) -> tuple[tuple[Array, ...], None]:
+    def add(total: Sums, number: Array) -> tuple[Sums, None]:
         # The last block begins early enough to be full; rows seen before count no more.
         start = jnp.minimum(number * size, n - size)
         block = [jax.lax.dynamic_slice_in_dim(part, start, size) for part in rows]
@@ -91,7 +91,7 @@ def _over_blocks(
     if blocks == 1:
         return _block(rows, reference, factors)
     shapes = (k,), (k, d), (k, d), ()
-    zero = tuple(jnp.zeros(shape, rows[0].dtype) for shape in shapes)
+    zero: Any = tuple(jnp.zeros(shape, rows[0].dtype) for shape in shapes)
     # Two blocks at a time, for what is not a product runs on one core each.
     return jax.lax.scan(add, zero, jnp.arange(blocks), unroll=2)[0]
 

@@ -793,6 +793,7 @@ _SCORE_NAMES = {
     "chi": "Calinski-Harabasz",
     "corrected": "corrected by noise",
     "stability": "stability",
+    "consensus": "consensus of cells",
     "dimensions": "effective rank",
     "acc": "accuracy (reading only)",
 }

@@ -6,16 +6,19 @@ k-means on them, TSS their total sum of squares and lambda the variances of thei
 (1) CHI         [(TSS - J) / (K - 1)] / [J / (m - K)], the Calinski-Harabasz index
 (2) corrected   CHI / CHI of k-means on Gaussian noise with the same variances lambda
 (3) stability   adjusted Rand index of k-means on either half of the noise draws
-(4) rank        rank among all cells by (2) plus rank by (3)
-(5) dimensions  (sum lambda)^2 / sum lambda^2, the effective rank of the features
+(4) consensus   mean adjusted Rand index of a cell's labels with those of all other cells
+(5) rank        sum of the ranks among all cells by (2), (3) and (4)
+(6) dimensions  (sum lambda)^2 / sum lambda^2, the effective rank of the features
 
 (1) cannot compare layers: it rises as the effective rank falls, whether there are groups or not;
-hence (2), which is 1 without groups, and (3), which needs no scale. Cells of an effective rank
-below K / 2 are left out: one odd direction is not K groups.
+hence (2), which is 1 without groups, and (3), which needs no scale. Both can favour a cell that
+sees groups of its own; what many cells find, (4), is more likely to be in the data. Cells of an
+effective rank below K / 2 are left out: one odd direction is not K groups.
 
 Sources: (1) Calinski and Harabasz 1974, the score of DiEC's first version (second-hand); the
 principal axes by subspace iteration after Halko et al. 2011, "Finding structure with
-randomness"; (2) to (5) are ours.
+randomness"; (2) to (6) are ours, (4) after the consensus of cluster ensembles (Strehl and Ghosh
+2002).
 """
 
 from collections.abc import Callable
@@ -27,8 +30,8 @@ import jax.numpy as jnp
 from dec_diffusion.kmeans import kmeans
 from dec_diffusion.types import Array, Bool, Float, Int, PRNGKeyArray, pytree
 
-Score = Literal["rank", "corrected", "stability", "chi"]
-"""By which of (1) to (4) cells are compared."""
+Score = Literal["rank", "corrected", "stability", "consensus", "chi"]
+"""By which of (1) to (5) cells are compared."""
 
 _OVERSAMPLE = 8  # axes of the random subspace beyond those asked for
 
@@ -100,7 +103,7 @@ def same_length(x: Float[Array, "... d"]) -> Float[Array, "... d"]:
 
 
 def effective_rank(variance: Float[Array, " d"]) -> Float[Array, ""]:
-    """Equation (5), between 1 and d; 0 if there is no variance at all."""
+    """Equation (6), between 1 and d; 0 if there is no variance at all."""
     return jnp.square(variance.sum()) / jnp.maximum(jnp.square(variance).sum(), 1e-30)
 
 
@@ -109,7 +112,7 @@ def effective_rank(variance: Float[Array, " d"]) -> Float[Array, ""]:
 
 @pytree
 class Cell:
-    """The scores (1), (2), (3) and (5) of a cell, and the k-means labels of its examples."""
+    """The scores (1), (2), (3) and (6) of a cell, and the k-means labels of its examples."""
 
     chi: Float[Array, "*c"]
     corrected: Float[Array, "*c"]
@@ -128,13 +131,17 @@ def calinski_harabasz(
 
 def rand_index(a: Int[Array, " m"], b: Int[Array, " m"], k: int) -> Float[Array, ""]:
     """The adjusted Rand index of two labellings with labels below ``k`` (Hubert, Arabie 1985)."""
-    table = jax.nn.one_hot(a, k).T @ jax.nn.one_hot(b, k)
+    return _rand_index(jax.nn.one_hot(a, k).T @ jax.nn.one_hot(b, k))
 
-    def pairs(counts: Array) -> Array:
-        return jnp.sum(counts * (counts - 1.0) / 2.0)
 
-    m = a.shape[0]
-    rows, columns, both = pairs(table.sum(1)), pairs(table.sum(0)), pairs(table)
+def _rand_index(table: Float[Array, "*t k k"]) -> Float[Array, "*t"]:
+    """The same, from the numbers of examples with either pair of labels."""
+
+    def pairs(counts: Array, axes: int) -> Array:
+        return jnp.sum(counts * (counts - 1.0) / 2.0, axis=tuple(range(-axes, 0)))
+
+    m = table.sum((-2, -1))
+    rows, columns, both = pairs(table.sum(-1), 1), pairs(table.sum(-2), 1), pairs(table, 2)
     expected, most = rows * columns / (m * (m - 1.0) / 2.0), 0.5 * (rows + columns)
     return jnp.where(most == expected, 1.0, (both - expected) / (most - expected))
 
@@ -187,19 +194,38 @@ def score_cell(
     )
 
 
-def comparable(cells: Cell, score: Score, k: int) -> Float[Array, "*c"]:
-    """The score by which cells are compared, higher is better.
+def consensus(cells: Cell, k: int) -> Float[Array, "*c"]:
+    """Equation (4), among the cells that are not left out; 0 if there is no other."""
+    labels, kept = cells.labels.reshape(-1, cells.labels.shape[-1]), _kept(cells, k).ravel()
+    c, m = labels.shape
+    member = jax.nn.one_hot(labels, k).transpose(0, 2, 1).reshape(c * k, m)
 
-    Minus infinity for cells left out (5). Should that be all of them, only those without any
-    variance are.
+    def with_others(number: Array) -> Array:
+        tables = jax.nn.one_hot(labels[number], k).T @ member.T
+        others = kept & (jnp.arange(c) != number)
+        values = _rand_index(tables.reshape(k, c, k).transpose(1, 0, 2))
+        return jnp.sum(jnp.where(others, values, 0)) / jnp.maximum(others.sum(), 1)
+
+    return jax.lax.map(with_others, jnp.arange(c)).reshape(cells.chi.shape)
+
+
+def comparable(cells: Cell, score: Score, k: int) -> Float[Array, "*c"]:
+    """The score by which cells are compared, higher is better; minus infinity for those left out.
+
+    Those are the ones of an effective rank (6) below k / 2 or, should that be all of them, those
+    without any variance.
     """
     if score == "rank":
-        value = _ranks(cells.corrected) + _ranks(cells.stability)
+        three = cells.corrected, cells.stability, consensus(cells, k)
+        value = sum((_ranks(values) for values in three), jnp.zeros(cells.chi.shape))
     else:
-        value = getattr(cells, score)
+        value = consensus(cells, k) if score == "consensus" else getattr(cells, score)
+    return jnp.where(_kept(cells, k), value, -jnp.inf)
+
+
+def _kept(cells: Cell, k: int) -> Bool[Array, "*c"]:
     kept = cells.dimensions >= 0.5 * k
-    kept = jnp.where(kept.any(), kept, cells.dimensions > 0)
-    return jnp.where(kept, value, -jnp.inf)
+    return jnp.where(kept.any(), kept, cells.dimensions > 0)
 
 
 def _ranks(values: Array) -> Array:
@@ -243,11 +269,13 @@ def grid(
         offsets = jnp.concatenate([-steps[0] * below, steps[1] * above])
         return coarse[best] + jnp.round(offsets).astype(coarse.dtype)
 
+    def with_finer(timesteps: Array, results: Any) -> Array:
+        return timesteps.at[count:].set(finer(results))
+
     # One loop for both rounds, so that ``evaluate`` is compiled once.
     def step(i: Array, carry: Any) -> Any:
         timesteps, results = carry
-        second = jnp.concatenate([coarse, finer(results)])
-        timesteps = jnp.where(i == count, second, timesteps)
+        timesteps = jax.lax.cond(i == count, with_finer, lambda t, _: t, timesteps, results)
         found = evaluate(timesteps[i])
         return timesteps, jax.tree.map(lambda v, new: v.at[i].set(new), results, found)
 

@@ -83,7 +83,7 @@ class DiEC:
         timestep: timestep to use; -1 to search.
         strategy: ``grid`` compares all layers at all timesteps; ``golden`` and ``ternary``
             narrow the timestep down for one given layer.
-        score: by what cells are compared, equations (1) to (4) of ``search``.
+        score: by what cells are compared, equations (1) to (5) of ``search``.
         timesteps: of the grid.
         refine: further timesteps next to the best of the grid.
         largest_timestep: end of the search, as a share of T.
@@ -213,6 +213,7 @@ class SearchMap:
     Attributes:
         timesteps: int32 [e].
         cells: scores [e, layers], labels [e, layers, m].
+        consensus: [e, layers], equation (4) of ``search``.
         value: [e, layers], by which cells were compared.
         examples: int32 [m], which examples were used.
         best: int32, the row of ``timesteps`` that was chosen.
@@ -220,6 +221,7 @@ class SearchMap:
 
     timesteps: Int[Array, " e"]
     cells: Cell
+    consensus: Float[Array, "e layers"]
     value: Float[Array, "e layers"]
     examples: Int[Array, " m"]
     best: Int[Array, ""]
@@ -316,7 +318,9 @@ def _method(s: DiEC, denoiser: Denoiser, spec: DataSpec) -> Method:
             first=Table(jnp.zeros(n, jnp.int32), n),
             denoising=jnp.zeros(2),
             snapshot=jnp.zeros((_SNAPSHOT, *spec.shape)),
-            map=SearchMap(jnp.zeros(e, jnp.int32), cells, zeros, jnp.zeros(m, jnp.int32), none),
+            map=SearchMap(
+                jnp.zeros(e, jnp.int32), cells, zeros, zeros, jnp.zeros(m, jnp.int32), none
+            ),
         )
 
     # -- denoising --
@@ -366,7 +370,7 @@ def _method(s: DiEC, denoiser: Denoiser, spec: DataSpec) -> Method:
         examples = jax.random.permutation(subset_key, n)[:m].astype(jnp.int32)
         found = explore(params, Table(x, n).take(examples), score_key)
         timesteps, cells = found
-        value = compare(cells)
+        agreed, value = search.consensus(cells, k), compare(cells)
         best, layer = jnp.unravel_index(value.argmax(), value.shape)
         layer, timestep = layer.astype(jnp.int32), timesteps[best]
 
@@ -385,7 +389,7 @@ def _method(s: DiEC, denoiser: Denoiser, spec: DataSpec) -> Method:
             first=labels,
             labels=labels,
             snapshot=draw(params, sample_key, _SNAPSHOT),
-            map=SearchMap(timesteps, cells, value, examples, best.astype(jnp.int32)),
+            map=SearchMap(timesteps, cells, agreed, value, examples, best.astype(jnp.int32)),
         )
         return {**params, "centers": start.centers}, cluster, {}
 
@@ -571,6 +575,7 @@ def _method(s: DiEC, denoiser: Denoiser, spec: DataSpec) -> Method:
                     ("chi", cells.chi),
                     ("corrected", cells.corrected),
                     ("stability", cells.stability),
+                    ("consensus", cluster.map.consensus),
                     ("dimensions", cells.dimensions),
                 )
             },
@@ -677,7 +682,7 @@ def _check(s: DiEC) -> None:
         ("sample_steps", lambda v: v <= s.num_steps, "must not exceed num_steps"),
     ]
     check_settings(s, rules)
-    if s.strategy != "grid" and (not s.layer or s.score == "rank"):
+    if s.strategy != "grid" and (not s.layer or s.score in ("rank", "consensus")):
         raise InputError(
             f"--config.method.strategy={s.strategy}: narrows one layer down by one score; set "
             "--config.method.layer=middle and --config.method.score=chi, corrected or stability"
