@@ -113,7 +113,8 @@ _VARIANTS = {
     ),
     "usps": (
         _MNIST
-        | {"density": "X", "tau": 0.5, "tau_start": 0.7, "prior": "learned"}
+        | {"density": "X", "tau": 0.5, "tau_start": 0.7, "networks": 4, "heads": 3}
+        | {"prior": "learned", "prior_floor": 0.5, "prior_strength": 0.5}
         | {"rotate": 10.0, "shift": 0.08, "iterations": 30},
         {"name": "usps"},
         {"batch_size": 256},

@@ -33,7 +33,9 @@ from dec_diffusion.types import Array, Bool, Float, Int, PRNGKeyArray, pytree
 Score = Literal["rank", "corrected", "stability", "consensus", "chi"]
 """By which of (1) to (5) cells are compared."""
 
+_PLAIN = ("chi", "corrected", "stability")  # scores of a cell by itself
 _OVERSAMPLE = 8  # axes of the random subspace beyond those asked for
+_MOST = 2**25  # elements of the memberships of all cells: 128 MiB
 
 
 # -- features to few dimensions --
@@ -195,32 +197,45 @@ def score_cell(
 
 
 def consensus(cells: Cell, k: int) -> Float[Array, "*c"]:
-    """Equation (4), among the cells that are not left out; 0 if there is no other."""
-    labels, kept = cells.labels.reshape(-1, cells.labels.shape[-1]), _kept(cells, k).ravel()
-    c, m = labels.shape
-    member = jax.nn.one_hot(labels, k).transpose(0, 2, 1).reshape(c * k, m)
+    """Equation (4), among the cells that are not left out; 0 if there is no other.
+
+    With many cells and clusters, the first of the examples stand for all.
+    """
+    kept = _kept(cells, k).ravel()
+    c, m = kept.size, min(cells.labels.shape[-1], _MOST // (kept.size * k))
+    labels = cells.labels.reshape(c, -1)[:, :m]
+    member = jax.nn.one_hot(labels, k)
+    everyone = member.transpose(1, 0, 2).reshape(m, c * k)
 
     def with_others(number: Array) -> Array:
-        tables = jax.nn.one_hot(labels[number], k).T @ member.T
-        others = kept & (jnp.arange(c) != number)
+        tables = member[number].T @ everyone
         values = _rand_index(tables.reshape(k, c, k).transpose(1, 0, 2))
+        others = kept & (jnp.arange(c) != number)
         return jnp.sum(jnp.where(others, values, 0)) / jnp.maximum(others.sum(), 1)
 
-    return jax.lax.map(with_others, jnp.arange(c)).reshape(cells.chi.shape)
+    # Several at a time, for larger products.
+    values = jax.lax.map(with_others, jnp.arange(c), batch_size=16)
+    return values.reshape(cells.chi.shape)
 
 
-def comparable(cells: Cell, score: Score, k: int) -> Float[Array, "*c"]:
+def comparable(cells: Cell, agreed: Float[Array, "*c"], score: Score, k: int) -> Float[Array, "*c"]:
     """The score by which cells are compared, higher is better; minus infinity for those left out.
 
     Those are the ones of an effective rank (6) below k / 2 or, should that be all of them, those
     without any variance.
+
+    Args:
+        cells: of a search.
+        agreed: their ``consensus``.
+        score: which.
+        k: number of clusters.
     """
-    if score == "rank":
-        three = cells.corrected, cells.stability, consensus(cells, k)
-        value = sum((_ranks(values) for values in three), jnp.zeros(cells.chi.shape))
-    else:
-        value = consensus(cells, k) if score == "consensus" else getattr(cells, score)
-    return jnp.where(_kept(cells, k), value, -jnp.inf)
+    values = {"consensus": agreed, **{name: getattr(cells, name) for name in _PLAIN}}
+    values["rank"] = sum(
+        (_ranks(values[name]) for name in ("corrected", "stability", "consensus")),
+        jnp.zeros(cells.chi.shape),
+    )
+    return jnp.where(_kept(cells, k), values[score], -jnp.inf)
 
 
 def _kept(cells: Cell, k: int) -> Bool[Array, "*c"]:

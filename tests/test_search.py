@@ -217,10 +217,10 @@ def test_scores_tell_groups_from_noise():
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(cells))
     assert cells.dimensions[3] == cells.corrected[3] == 0
     for score in ("rank", "corrected", "stability", "chi"):
-        value = search.comparable(cells, score, K)
+        value = compared(cells, score, K)
         assert value.argmax() == 0 and value[3] == -np.inf
         # Also where the others are left out.
-        value = search.comparable(cells, score, 100)
+        value = compared(cells, score, 100)
         assert value.argmax() == 0 and value[3] == -np.inf
 
 
@@ -249,6 +249,10 @@ def test_scores_depend_on_the_key_alone_and_not_on_the_order_of_examples():
 # -- which cells are compared, and how --
 
 
+def compared(cells, score, k):
+    return search.comparable(cells, search.consensus(cells, k), score, k)
+
+
 def cells(dimensions):
     """Cells [3, 2] with ties."""
     return search.Cell(
@@ -263,18 +267,20 @@ def cells(dimensions):
 @pytest.mark.parametrize("score", ["corrected", "stability", "chi"])
 def test_plain_scores_are_compared_as_they_are(score):
     some = cells([5] * 6)
-    np.testing.assert_array_equal(search.comparable(some, score, 10), getattr(some, score))
+    np.testing.assert_array_equal(compared(some, score, 10), getattr(some, score))
 
 
-def test_consensus_is_the_mean_adjusted_rand_index_with_the_other_cells():
+@pytest.mark.parametrize("examples", [12, 8])
+def test_consensus_is_the_mean_adjusted_rand_index_with_the_other_cells(examples, monkeypatch):
+    monkeypatch.setattr(search, "_MOST", 6 * 10 * examples)  # only so many are looked at
     some = cells([5, 5, 1, 5, 5, 5])  # the third is left out
-    labels, others = np.asarray(some.labels).reshape(6, -1), {0, 1, 3, 4, 5}
+    labels, others = np.asarray(some.labels).reshape(6, -1)[:, :examples], {0, 1, 3, 4, 5}
     expected = [
         np.mean([adjusted_rand_score(labels[i], labels[j]) for j in others - {i}]) for i in range(6)
     ]
     found = search.consensus(some, 10)
     np.testing.assert_allclose(found.ravel(), expected, atol=1e-6)
-    value = search.comparable(some, "consensus", 10).ravel()
+    value = compared(some, "consensus", 10).ravel()
     np.testing.assert_array_equal(value, np.where(np.arange(6) == 2, -np.inf, found.ravel()))
     alone = jax.tree.map(lambda v: v[:1, :1], some)
     assert search.consensus(alone, 10) == 0
@@ -284,16 +290,16 @@ def test_rank_adds_the_ranks_of_corrected_score_stability_and_consensus():
     some = cells([5] * 6)
     three = some.corrected, some.stability, np.round(search.consensus(some, 10), 6)
     expected = sum(rankdata(v).reshape(3, 2) - 0.5 for v in three)
-    np.testing.assert_allclose(search.comparable(some, "rank", 10), expected)
+    np.testing.assert_allclose(compared(some, "rank", 10), expected)
 
 
 @pytest.mark.parametrize("score", ["corrected", "stability", "chi"])
 def test_cells_of_low_effective_rank_are_left_out_unless_all_are(score):
-    everything = search.comparable(cells([5] * 6), score, 10)
-    some = search.comparable(cells([4.9, 5, 9, 1, 5, 4]), score, 10)
+    everything = compared(cells([5] * 6), score, 10)
+    some = compared(cells([4.9, 5, 9, 1, 5, 4]), score, 10)
     kept = np.array([[False, True], [True, False], [True, False]])
     np.testing.assert_array_equal(some, np.where(kept, everything, -np.inf))
-    np.testing.assert_array_equal(search.comparable(cells([4.9] * 6), score, 10), everything)
+    np.testing.assert_array_equal(compared(cells([4.9] * 6), score, 10), everything)
 
 
 # -- searches --

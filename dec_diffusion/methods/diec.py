@@ -370,7 +370,7 @@ def _method(s: DiEC, denoiser: Denoiser, spec: DataSpec) -> Method:
         examples = jax.random.permutation(subset_key, n)[:m].astype(jnp.int32)
         found = explore(params, Table(x, n).take(examples), score_key)
         timesteps, cells = found
-        agreed, value = search.consensus(cells, k), compare(cells)
+        agreed, value = compare(cells)
         best, layer = jnp.unravel_index(value.argmax(), value.shape)
         layer, timestep = layer.astype(jnp.int32), timesteps[best]
 
@@ -393,12 +393,19 @@ def _method(s: DiEC, denoiser: Denoiser, spec: DataSpec) -> Method:
         )
         return {**params, "centers": start.centers}, cluster, {}
 
-    def compare(cells: Cell) -> Array:
+    def compare(cells: Cell) -> tuple[Array, Array]:
+        """The consensus of cells, and by what they are compared; of one layer if one is given."""
         if not s.layer:
-            return search.comparable(cells, s.score, k)
+            agreed = search.consensus(cells, k)
+            return agreed, search.comparable(cells, agreed, s.score, k)
         at = layers.index(s.layer)
-        value = search.comparable(jax.tree.map(lambda v: v[:, at : at + 1], cells), s.score, k)
-        return jnp.full(cells.chi.shape, -jnp.inf).at[:, at].set(value[:, 0])
+        own = jax.tree.map(lambda v: v[:, at], cells)
+        agreed = search.consensus(own, k)
+        value = search.comparable(own, agreed, s.score, k)
+        return (
+            jnp.zeros(cells.chi.shape).at[:, at].set(agreed),
+            jnp.full(cells.chi.shape, -jnp.inf).at[:, at].set(value),
+        )
 
     def explore(params: Params, x: Array, key: PRNGKeyArray) -> tuple[Array, Cell]:
         """Timesteps and the scores of all layers at each."""
@@ -417,7 +424,10 @@ def _method(s: DiEC, denoiser: Denoiser, spec: DataSpec) -> Method:
         if s.strategy == "grid" or len(coarse) == 1:
             refine = s.refine if len(coarse) > 1 else 0
             return search.grid(
-                evaluate, lambda cells: compare(cells).max(-1), jnp.asarray(coarse), refine=refine
+                evaluate,
+                lambda cells: compare(cells)[1].max(-1),
+                jnp.asarray(coarse),
+                refine=refine,
             )
         narrow = {"golden": search.golden_section, "ternary": search.ternary}[s.strategy]
         layer = layers.index(s.layer)
