@@ -358,7 +358,7 @@ def test_matplotlib_is_imported_late_and_pyplot_never(tmp_path: Path) -> None:
         "assert 'matplotlib.pyplot' not in sys.modules"
     )
     environment = {k: v for k, v in os.environ.items() if k not in ("DISPLAY", "MPLBACKEND")}
-    root = Path(report.__file__).parents[1]
+    root = Path(report.__file__).parents[2]
     subprocess.run([sys.executable, "-c", code], check=True, cwd=root, env=environment)
     read(tmp_path / "a.png")
 
