@@ -32,6 +32,7 @@ from dec_diffusion import (
     results,
     workdir,
 )
+from dec_diffusion.checkpoints import Checkpoints, NoCheckpoints
 from dec_diffusion.config import Config
 from dec_diffusion.data import Dataset
 from dec_diffusion.data.shards import bounded, chunks
@@ -273,7 +274,7 @@ def load(path: str | os.PathLike[str]) -> Run:
         phase = built["method"].phases[meta["phase"]]
         return engine.state_template(built["method"], phase, _key(config), batch)
 
-    with workdir.Checkpoints(folder, read_only=True) as checkpoints:
+    with Checkpoints(folder, read_only=True) as checkpoints:
         restored = checkpoints.restore_latest(template)
     if restored is None:
         raise InputError(f"--workdir={path} has no checkpoint yet; let its run reach one first")
@@ -387,7 +388,7 @@ def _run(
     data: parallel.Data,
     assign: evaluate.Assign,
     place: workdir.Workdir | workdir.Memory,
-    checkpoints: workdir.Checkpoints | workdir.NoCheckpoints,
+    checkpoints: Checkpoints | NoCheckpoints,
     log: loggers.Logger,
     *,
     verbose: int,
@@ -464,7 +465,7 @@ def _start(
     method: Method,
     key: PRNGKeyArray,
     batch: Any,
-    checkpoints: workdir.Checkpoints | workdir.NoCheckpoints,
+    checkpoints: Checkpoints | NoCheckpoints,
     about: dict[str, Any],
 ) -> tuple[TrainState, int, tuple[str, int] | None]:
     """A fresh state, or the newest checkpoint with its step and (phase, iteration).
@@ -551,7 +552,7 @@ def _check_finite(
     state: TrainState,
     phase: str,
     step: int,
-    checkpoints: workdir.Checkpoints | workdir.NoCheckpoints,
+    checkpoints: Checkpoints | NoCheckpoints,
 ) -> None:
     finite = np.isfinite(metrics["loss"]) & np.isfinite(metrics["grad_norm"])
     if finite.all():

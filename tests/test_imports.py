@@ -16,6 +16,7 @@ FILES = {
 # Modules that know no other part of the package but each other.
 LEAVES = {
     "types",
+    "plain",
     "spread",
     "schedule",
     "gmm",
@@ -30,7 +31,7 @@ LEAVES = {
 # Where a library may be imported: names of modules, or of packages with all they hold.
 CONFINED = {
     "flax": {"networks"},
-    "orbax": {"workdir"},
+    "orbax": {"checkpoints"},
     "tensorflow_datasets": {"data"},
     "h5py": {"data"},
     "pyarrow": {"data"},
@@ -43,11 +44,11 @@ CONFINED = {
 }
 
 # What may not be imported from where, in the package itself: arrows point one way only.
-HOST = {"parallel", "evaluate", "train", "main", "workdir", "data"}
+HOST = {"parallel", "evaluate", "train", "main", "workdir", "checkpoints", "data"}
 FORBIDDEN = {
-    "networks": {"method", "methods", "engine", "parallel", "train", "main", "workdir", "data"},
-    "method": {"methods", "networks", "engine", "parallel", "train", "main", "workdir", "data"},
-    "methods": {"engine", "parallel", "evaluate", "train", "estimator", "main", "workdir", "data"},
+    "networks": {"method", "methods", "engine", *HOST},
+    "method": {"methods", "networks", "engine", *HOST},
+    "methods": {"engine", *HOST, "estimator"},
     "engine": {"methods", "networks", *HOST, "feed", "placement"},
     "stream": {"methods", "networks", "engine", *HOST, "feed", "placement"},
     "interrupt": {"methods", "networks", "engine", *HOST, "feed", "placement"},
@@ -55,9 +56,10 @@ FORBIDDEN = {
     "placement": {"methods", "networks", *HOST, "feed"},
     "feed": {"methods", "networks", *HOST},
     "parallel": {"methods", "networks", *HOST - {"parallel"}},
-    "metrics": {"methods", "networks", "engine", "parallel", "train", "main", "workdir", "data"},
-    "data": {"methods", "networks", "engine", "parallel", "train", "main", "workdir"},
-    "workdir": {"methods", "networks", "engine", "parallel", "train", "main", "data"},
+    "metrics": {"methods", "networks", "engine", *HOST},
+    "data": {"methods", "networks", "engine", *HOST - {"data"}},
+    "checkpoints": {"methods", "networks", "engine", *HOST - {"checkpoints"}},
+    "workdir": {"methods", "networks", "engine", *HOST - {"workdir", "checkpoints"}},
     "evaluate": {"train", "estimator", "main"},
     "report": {"train", "estimator", "main"},
     "page": {"train", "estimator", "main"},
