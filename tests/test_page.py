@@ -22,6 +22,8 @@ from dec_diffusion.config import Config
 from dec_diffusion.data import DataConfig, Dataset
 from dec_diffusion.evaluate import Assignment
 from dec_diffusion.methods.clusterddpm import ClusterDDPM
+from dec_diffusion.page.settings import plain
+from dec_diffusion.page.template import SCRIPT, STYLE
 from dec_diffusion.report import Layout
 
 VOID = {"img", "meta", "br"}
@@ -165,7 +167,7 @@ def test_every_section_is_there_and_the_numbers_are_those_of_the_summary():
     cells = re.findall(r'<td style="--p:[\d.]+">([\d,]*)</td>', html)
     assert sorted(int(c or 0) for c in cells) == sorted(table.ravel().tolist())
     for name, value in configs.flatten(Config("my run", ClusterDDPM(num_clusters=4))).items():
-        assert f'<th scope="row">{name}</th><td>{page.escape(page._plain(value))}</td>' in html
+        assert f'<th scope="row">{name}</th><td>{page.escape(plain(value))}</td>' in html
 
 
 def test_cards_show_members_from_the_most_to_the_least_certain():
@@ -281,8 +283,8 @@ def test_names_are_text_wherever_they_come_from():
     assert kinds - set(page_of_nothing_special()) == set()
     scripts = [text for (tag, _), text in zip(reader.elements, reader.texts, strict=True)
                if tag == "script"]  # fmt: skip
-    assert scripts == [page._SCRIPT]
-    assert reader.all("style") == [page._STYLE]
+    assert scripts == [SCRIPT]
+    assert reader.all("style") == [STYLE]
     assert not [k for _, attrs in reader.elements for k in attrs if k.startswith("on")]
     said = {attrs.get("title") for tag, attrs in reader.elements if tag == "img"}
     assert f"a/0-{NASTY} · probability 0.900" in said

@@ -1,0 +1,92 @@
+"""What to look at: what in a result deserves doubt, each with its remedy."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+from dec_diffusion.evaluate import Assignment
+from dec_diffusion.page.markup import Html, tag
+from dec_diffusion.page.words import baseline_name
+
+_UNSURE = 0.7
+
+
+class Notice(NamedTuple):
+    """Something that a reader should know, and what to do about it."""
+
+    what: str
+    remedy: str
+
+
+def notices(summary: Mapping[str, Any], assignment: Assignment) -> list[Notice]:
+    """What in a result deserves doubt, in words, each with its remedy."""
+    rows, asked = summary["clusters"]["report"], summary["clusters"]["asked"]
+    fewer = "ask for fewer with --config.method.num_clusters"
+    empty = [r["cluster"] for r in rows if not r["size"]]
+    tiny = [r["cluster"] for r in rows if r["size"] and r["share"] < 0.1 / asked]
+    huge = [r for r in rows if r["share"] > min(0.9, max(0.5, 3 / asked))]
+    found = []
+    if empty:
+        what = f"{_named(empty)} {_are(empty)} empty: {asked} were asked for, "
+        what += f"{asked - len(empty)} found."
+        found.append(Notice(what, f"{fewer}, train longer, or try another --config.seed."))
+    if tiny:
+        what = f"{_named(tiny)} {_are(tiny)} tiny, with under a tenth of an even share."
+        remedy = f"look at the members: outliers may deserve a group of their own; if not, {fewer}."
+        found.append(Notice(what, remedy))
+    for row in huge:
+        what = f"Cluster {row['cluster']} holds {row['share']:.0%} of everything."
+        remedy = "this is collapse unless the data are that uneven: try another --config.seed, "
+        remedy += "train longer, or change --config.method.num_clusters."
+        found.append(Notice(what, remedy))
+    mean = float(assignment.probability.mean())
+    if mean < _UNSURE:
+        doubtful = float((assignment.probability < 0.5).mean())
+        what = f"Assignments are unsure: mean probability {mean:.2f}, and {doubtful:.0%} of the "
+        what += "examples have no cluster with a probability of one half."
+        remedy = "trust only rows of assignments.csv with a high probability; try other numbers "
+        remedy += "of clusters, or train longer."
+        found.append(Notice(what, remedy))
+    if summary.get("search", {}).get("boundary"):
+        what = f"The search chose timestep {summary['search']['timestep']}, the first or last that "
+        what += "it tried: the best one may lie outside."
+        remedy = "look at the heat-map below; widen the search with "
+        remedy += "--config.method.largest_timestep."
+        found.append(Notice(what, remedy))
+    return found + _beaten(summary)
+
+
+def _beaten(summary: Mapping[str, Any]) -> list[Notice]:
+    """Says so when something shallow is as good; without labels nothing can say it."""
+    ours = summary["scores"].get("nmi")
+    shallow = {n: b["scores"].get("nmi") for n, b in summary["baselines"].items() if "pixels" in n}
+    better = {n: v for n, v in shallow.items() if ours is not None and v is not None and v >= ours}
+    if not better:
+        return []
+    best = max(better, key=lambda n: better[n])
+    is_image = len(summary["data"]["shape"]) == 3
+    what = f"{baseline_name(best, is_image)} is as good as this run "
+    what += f"(NMI {better[best]:.3f} against {ours:.3f})."
+    remedy = "use the simple method here, train longer, or try another method."
+    return [Notice(what[0].upper() + what[1:], remedy)]
+
+
+def notice_boxes(found: Sequence[Notice]) -> list[Html]:
+    """A box for each notice, or one that says there is none."""
+    if not found:
+        words = "No empty, tiny or dominant clusters; the assignments are sure of themselves."
+        return [tag("p", words, class_="good")]
+    return [
+        tag(
+            "div", tag("strong", n.what), " ", tag("em", "Remedy:"), " ", n.remedy, class_="warning"
+        )
+        for n in found
+    ]
+
+
+def _named(clusters: Sequence[int]) -> str:
+    few = ", ".join(map(str, clusters[:10])) + ("…" if len(clusters) > 10 else "")
+    return f"Cluster {few}" if len(clusters) == 1 else f"{len(clusters)} clusters ({few})"
+
+
+def _are(clusters: Sequence[int]) -> str:
+    return "is" if len(clusters) == 1 else "are"
