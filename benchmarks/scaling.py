@@ -32,7 +32,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from benchmarks import collectives
-from dec_diffusion import command, engine, options, parallel, train
+from dec_diffusion import command, engine, options, parallel, trained
 from dec_diffusion.config import Config
 from dec_diffusion.method import DataSpec, Method, Phase
 from dec_diffusion.placement import place_state
@@ -226,7 +226,7 @@ def _phase(
     config: Config, shape: tuple[int, ...], examples: int, batch_size: int
 ) -> tuple[Method, Phase]:
     """The method for such data, and its last phase."""
-    method = train.build(config, DataSpec(shape, examples, batch_size))
+    method = trained.build(config, DataSpec(shape, examples, batch_size))
     return method, list(method.phases.values())[-1]
 
 

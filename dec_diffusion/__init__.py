@@ -18,7 +18,8 @@ if TYPE_CHECKING:
     from dec_diffusion.estimator import ClusterDDPM, DiEC, NeuralMixture, load
     from dec_diffusion.results import generate, sample
     from dec_diffusion.seeds import fit_seeds
-    from dec_diffusion.train import assign, fit
+    from dec_diffusion.train import fit
+    from dec_diffusion.trained import assign
     from dec_diffusion.types import InputError
 
 _HOMES = {
@@ -30,7 +31,7 @@ _HOMES = {
     "InputError": "types",
     "NeuralMixture": "estimator",
     "TrainConfig": "config",
-    "assign": "train",
+    "assign": "trained",
     "fit": "train",
     "fit_seeds": "seeds",
     "from_arrays": "data",

@@ -21,7 +21,7 @@ from dec_diffusion.distributed import Pod
 from dec_diffusion.evaluate import Assignment
 from dec_diffusion.interrupt import Stop
 from dec_diffusion.networks import onednn
-from dec_diffusion.train import Run
+from dec_diffusion.trained import Run, assign, load
 from dec_diffusion.types import InputError
 from dec_diffusion.workdir import Workdir
 
@@ -76,7 +76,7 @@ def _use(mode: str, config: Config, path: str, started: float, verbose: int) -> 
     """What is done with a trained run: all processes compute, the first writes and speaks."""
     first = distributed.is_first()
     verbose = verbose if first else 0
-    trained = _with_settings(train.load(path), config, path)
+    trained = _with_settings(load(path), config, path)
     home = Workdir(workdir.locate(path))
     place = Workdir(home.path / mode)
     if mode == "sample":
@@ -84,7 +84,7 @@ def _use(mode: str, config: Config, path: str, started: float, verbose: int) -> 
     else:
         dataset = _dataset(trained, verbose)
         known = results.read_prototypes(home)
-        assignment = train.assign(trained, dataset)
+        assignment = assign(trained, dataset)
         said = ""
         if first and mode == "predict":
             said = _predict(dataset, assignment, place, known)

@@ -4,7 +4,7 @@
 >>> model = NeuralMixture(n_clusters=4, random_state=0).fit(X)     # doctest: +SKIP
 >>> model.predict(X_new), model.predict_proba(X_new)               # doctest: +SKIP
 
-All the work is done by ``train.fit`` and ``train.assign``, as on the command line; what is here
+All the work is done by ``train.fit`` and ``trained.assign``, as on the command line; what is here
 translates parameters, arrays and messages.
 """
 
@@ -34,12 +34,13 @@ from sklearn.utils import Tags, check_random_state
 from sklearn.utils.validation import check_array, check_is_fitted, validate_data
 
 from dec_diffusion import config as configs
-from dec_diffusion import data, evaluate, parallel, prototypes, results, train, workdir
+from dec_diffusion import data, evaluate, parallel, prototypes, results, train, trained, workdir
 from dec_diffusion.config import Config, TrainConfig
 from dec_diffusion.data import DataConfig, Dataset
 from dec_diffusion.methods import clusterddpm, diec, neural_mixture
 from dec_diffusion.prototypes import Prototypes
-from dec_diffusion.train import NonFiniteLossError, Run
+from dec_diffusion.train import NonFiniteLossError
+from dec_diffusion.trained import Run
 from dec_diffusion.types import InputError
 from dec_diffusion.workdir import Assigned, Workdir
 
@@ -201,7 +202,7 @@ class _Estimator(ClassNamePrefixFeaturesOutMixin, TransformerMixin, ClusterMixin
         dataset = self._dataset(X)
         method = self._run.method
         assert method.score is not None
-        sweep = parallel.compile_sweep(method.score, train.prepare(dataset, self._run.config))
+        sweep = parallel.compile_sweep(method.score, trained.prepare(dataset, self._run.config))
         key = jax.random.key(self._run.config.seed)
         state = self._run.state
         return sweep(state.ema_params, state.cluster, key).astype(np.float64)
@@ -243,14 +244,14 @@ class _Estimator(ClassNamePrefixFeaturesOutMixin, TransformerMixin, ClusterMixin
 
     def _assign(self, X: ArrayLike) -> evaluate.Assignment:
         dataset = self._dataset(X)
-        return train.assign(self._run, dataset)
+        return trained.assign(self._run, dataset)
 
     def _dataset(self, X: ArrayLike) -> Dataset:
         """Examples under the scaling of those fitted; raises InputError on another shape."""
         check_is_fitted(self)
         examples = self._validated(X, reset=False)
         with _in_terms_of_parameters():
-            return train.rescaled(self._run, data.from_arrays(examples, source="X", name="X"))
+            return trained.rescaled(self._run, data.from_arrays(examples, source="X", name="X"))
 
     def _validated(self, X: Any, *, reset: bool) -> Any:
         least = 2 if reset else 1
@@ -271,7 +272,7 @@ class _Estimator(ClassNamePrefixFeaturesOutMixin, TransformerMixin, ClusterMixin
         """
         check_is_fitted(self)
         with _in_terms_of_parameters():
-            place = train.save(self._run, path)
+            place = trained.save(self._run, path)
         for record in self.history_:
             place.append_metrics(record)
         if hasattr(self, "labels_"):
@@ -289,7 +290,7 @@ class _Estimator(ClassNamePrefixFeaturesOutMixin, TransformerMixin, ClusterMixin
         Raises:
             InputError: there is no trained run in ``path``, or it is of another method.
         """
-        run = train.load(path)
+        run = trained.load(path)
         if type(run.config.method) is not cls._settings_class:
             raise InputError(
                 f"workdir={path}: is a run of {type(run.config.method).__name__}, not of "
@@ -337,7 +338,7 @@ class _Estimator(ClassNamePrefixFeaturesOutMixin, TransformerMixin, ClusterMixin
     def __setstate__(self, state: Any) -> None:
         if "_run" in state:
             run = state["_run"]
-            method = train.build(run.config, run.spec)
+            method = trained.build(run.config, run.spec)
             arrays = jax.tree.map(jnp.asarray, run.state)
             state = {**state, "_run": run._replace(method=method, state=arrays)}
         super().__setstate__(state)
@@ -558,13 +559,13 @@ def load(path: str | os.PathLike[str]) -> ClusterDDPM | DiEC | NeuralMixture:
     Raises:
         InputError: there is no trained run in ``path``, or no estimator of its method.
     """
-    run = train.load(path)
+    run = trained.load(path)
     for kind in (ClusterDDPM, DiEC, NeuralMixture):
         if type(run.config.method) is kind._settings_class:
             return kind._of(run, path)
     raise InputError(
         f"workdir={path}: there is no estimator of {type(run.config.method).__name__}; use "
-        "dec_diffusion.train.load"
+        "dec_diffusion.trained.load"
     )
 
 

@@ -6,7 +6,7 @@ import json
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -19,11 +19,9 @@ from dec_diffusion.evaluate import Assignment
 from dec_diffusion.method import Findings
 from dec_diffusion.num_clusters import CHOICE
 from dec_diffusion.prototypes import Prototypes
+from dec_diffusion.trained import Run
 from dec_diffusion.types import AUTO, InputError
 from dec_diffusion.workdir import ASSIGNMENTS, Assigned, Workdir
-
-if TYPE_CHECKING:
-    from dec_diffusion.train import Run
 
 SUMMARY = "summary.json"
 PROTOTYPES = "prototypes.npz"
@@ -32,7 +30,7 @@ _PACKAGES = ("dec_diffusion", "jax", "jaxlib", "flax", "optax", "orbax-checkpoin
 
 
 def write(
-    run: "Run",
+    run: Run,
     dataset: Dataset,
     assignment: Assignment,
     place: Workdir,
@@ -120,9 +118,7 @@ def write(
     return summary
 
 
-def _search(
-    run: "Run", found: Findings, truth: np.ndarray | None, place: Workdir
-) -> dict[str, Any]:
+def _search(run: Run, found: Findings, truth: np.ndarray | None, place: Workdir) -> dict[str, Any]:
     """Write the map of a search as data and as a picture; returns what the summary says of it."""
     scores = {name: np.asarray(values) for name, values in found.scores.items()}
     if truth is not None:
@@ -214,7 +210,7 @@ def read_prototypes(place: Workdir) -> Prototypes | None:
         ) from None
 
 
-def sample(run: "Run", *, per_cluster: int = SAMPLES_PER_CLUSTER, seed: int = 0) -> np.ndarray:
+def sample(run: Run, *, per_cluster: int = SAMPLES_PER_CLUSTER, seed: int = 0) -> np.ndarray:
     """Generate examples of every cluster.
 
     Args:
@@ -233,7 +229,7 @@ def sample(run: "Run", *, per_cluster: int = SAMPLES_PER_CLUSTER, seed: int = 0)
     return x.reshape(num_clusters, per_cluster, *run.spec.shape)
 
 
-def generate(run: "Run", n: int, *, cluster: int | None = None, seed: int = 0) -> np.ndarray:
+def generate(run: Run, n: int, *, cluster: int | None = None, seed: int = 0) -> np.ndarray:
     """Generate ``n`` examples of one cluster, or of the whole: each draws its cluster first.
 
     Returns:
@@ -245,7 +241,7 @@ def generate(run: "Run", n: int, *, cluster: int | None = None, seed: int = 0) -
     return _draw(run, np.full(n, -1 if cluster is None else cluster), seed)
 
 
-def _draw(run: "Run", component: np.ndarray, seed: int) -> np.ndarray:
+def _draw(run: Run, component: np.ndarray, seed: int) -> np.ndarray:
     draw = run.method.sample
     if draw is None:
         raise InputError(f"--mode=sample: {run.config.name} is no generative method; use another")
@@ -255,7 +251,7 @@ def _draw(run: "Run", component: np.ndarray, seed: int) -> np.ndarray:
     return (np.asarray(x) * run.scale + run.offset).astype(np.float32)
 
 
-def to_unit(examples: np.ndarray, run: "Run") -> np.ndarray:
+def to_unit(examples: np.ndarray, run: Run) -> np.ndarray:
     """Images from the units of the data to [0, 1], for pictures."""
     return np.clip(((examples - run.offset) / run.scale + 1) / 2, 0, 1)
 
@@ -282,7 +278,7 @@ def describe(summary: Mapping[str, Any], folder: Path) -> str:
 
 
 def _pictures(
-    run: "Run",
+    run: Run,
     dataset: Dataset,
     assignment: Assignment,
     place: Workdir,

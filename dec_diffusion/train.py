@@ -1,18 +1,16 @@
 """The host loop: load, resume, run the phases, checkpoint, report.
 
 ``fit`` is what the command line calls, and ``_run`` is the EM loop; what one iteration computes
-is ``engine.em_iteration``.
+is ``engine.em_iteration``, and what is done with a run afterwards is ``trained``.
 """
 
 import contextlib
 import dataclasses
-import functools
 import os
 import time
 import warnings
 import zlib
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -39,8 +37,8 @@ from dec_diffusion.data.shards import bounded, chunks
 from dec_diffusion.engine import TrainState
 from dec_diffusion.interrupt import Stop, StoppedError
 from dec_diffusion.method import DataSpec, Method, Phase, Pretrained
-from dec_diffusion.networks import diffusers
 from dec_diffusion.progress import Progress
+from dec_diffusion.trained import Run, build, kept_number, prepare, read_pretrained
 from dec_diffusion.types import AUTO, InputError, PRNGKeyArray, Rows
 
 _CHECKED_ROWS = 4096
@@ -62,28 +60,6 @@ class CollapseWarning(UserWarning):
 
 _COLLAPSED = 0.9
 """Share of the examples in one cluster above which a clustering has collapsed."""
-
-
-class Run(NamedTuple):
-    """A trained method, ready to predict and to sample.
-
-    Attributes:
-        config: as it was trained.
-        spec: shape and number of the training examples.
-        method: the method built for that shape.
-        state: weights (``ema_params`` are the ones to use) and mixture.
-        offset: of the training data; new data go through the same scaling.
-        scale: likewise.
-        step: gradient steps taken.
-    """
-
-    config: Config
-    spec: DataSpec
-    method: Method
-    state: TrainState
-    offset: np.ndarray
-    scale: np.ndarray
-    step: int
 
 
 class Result(NamedTuple):
@@ -143,7 +119,7 @@ def fit(
             dataset, config.method.num_clusters, config.train.batch_size, least=least
         )
         spec = DataSpec(dataset.example_shape, dataset.num_examples, config.train.batch_size)
-        spec = spec._replace(pretrained=_pretrained(config, spec))
+        spec = spec._replace(pretrained=read_pretrained(config, spec))
         method = build(config, spec)
         place = workdir.Memory()
         if path is not None:
@@ -157,7 +133,7 @@ def fit(
         config = configs.resolved(asked, chosen)
         method = build(config, spec)
     data = prepare(dataset, config)
-    assign = evaluate.compile_assign(method, data, _key(config))
+    assign = evaluate.compile_assign(method, data, jax.random.key(config.seed))
     stop = stop or Stop()
     with (
         loggers.start(logger, None if isinstance(place, workdir.Memory) else place.path) as log,
@@ -190,196 +166,6 @@ def fit(
     return Result(run, dataset, assignment, summary, place.read_metrics())
 
 
-def read(config: sources.DataConfig, *, verbose: int) -> Dataset:
-    """The data, whose decoding the processes share; errors are those of ``data.load``.
-
-    What one process raises, all do, even those that wait for it.
-    """
-
-    def exchange(topic: str, text: str) -> list[str]:
-        texts = distributed.exchange(_READING, f" {text}", timeout=_READING_SECONDS)
-        for number, found in enumerate(texts):
-            if found.startswith("!"):
-                raise InputError(f"process {number} stopped: {found[1:]}")
-        return [found[1:] for found in texts]
-
-    team = sources.Team(jax.process_index(), jax.process_count(), exchange)
-    try:
-        return sources.load(config, team=team, verbose=verbose)
-    except Exception as error:
-        with contextlib.suppress(InputError):
-            distributed.exchange(_READING, f"!{error}", timeout=0.01)
-        raise
-
-
-def _report(
-    run: Run,
-    dataset: Dataset,
-    assignment: evaluate.Assignment,
-    place: workdir.Workdir,
-    trained: bool,
-    started: float,
-    verbose: int,
-) -> dict[str, Any]:
-    """Write the results, unless they are there, and print them."""
-    summary = None if trained else results.read(place)
-    if summary is None:
-        if verbose:
-            print("comparing with baselines and drawing pictures ...", flush=True)
-        history = place.read_metrics()
-        summary = results.write(
-            run, dataset, assignment, place, history=history, started=started, training=True
-        )
-    if verbose:
-        print(results.describe(summary, place.path), flush=True)
-    return summary
-
-
-def build(config: Config, spec: DataSpec) -> Method:
-    """The method; the same one for the same settings and shapes, with its compiled programs."""
-    if spec.pretrained:
-        return config.method.build(spec)
-    return _built(type(config.method), tuple(configs.flatten(config.method).items()), spec)
-
-
-@functools.lru_cache(maxsize=4)
-def _built(kind: type[Any], settings: tuple[tuple[str, Any], ...], spec: DataSpec) -> Method:
-    return kind(**dict(settings)).build(spec)
-
-
-def load(path: str | os.PathLike[str]) -> Run:
-    """The trained method of a workdir, from its newest intact checkpoint.
-
-    Raises:
-        InputError: there is no run in ``path``, or no checkpoint, or none is intact.
-    """
-    config = configs.from_dict(workdir.read_config(path))
-    place = workdir.Workdir(workdir.locate(path))
-    if config.method.num_clusters == AUTO:
-        config = configs.resolved(config, _kept(place.read_json(num_clusters.CHOICE), path))
-    folder = place.path / workdir.CHECKPOINTS
-    built: dict[str, Any] = {}
-
-    def template(meta: dict[str, Any]) -> Any:
-        shape, num_examples = tuple(meta["shape"]), meta["num_examples"]
-        spec = DataSpec(shape, num_examples, config.train.batch_size)
-        if config.pretrained:
-            spec = spec._replace(pretrained=Pretrained({}, meta["architecture"]))
-        built.update(spec=spec, method=build(config, spec))
-        batch = {
-            "image": np.zeros((1, *spec.shape), np.float32),
-            "index": np.zeros(1, np.int32),
-            "weight": np.ones(1, np.float32),
-        }
-        phase = built["method"].phases[meta["phase"]]
-        return engine.state_template(built["method"], phase, _key(config), batch)
-
-    with Checkpoints(folder, read_only=True) as checkpoints:
-        restored = checkpoints.restore_latest(template)
-    if restored is None:
-        raise InputError(f"--workdir={path} has no checkpoint yet; let its run reach one first")
-    offset, scale = (np.asarray(restored.meta[name], np.float32) for name in ("offset", "scale"))
-    state = jax.tree.map(jax.numpy.asarray, restored.state)
-    return Run(config, built["spec"], built["method"], state, offset, scale, restored.step)
-
-
-def save(run: Run, path: str | os.PathLike[str]) -> workdir.Workdir:
-    """Write a trained method to a new workdir, for ``load`` and for prediction, not for training.
-
-    Raises:
-        InputError: ``path`` is in use or cannot be written.
-    """
-    if (Path(path).expanduser() / workdir.CONFIG).exists():
-        raise InputError(f"--workdir={path}: holds a run already; give a new folder")
-    place = workdir.open_workdir(path, configs.to_dict(run.config))
-    phase, last = list(run.method.phases.items())[-1]
-    params = run.state.ema_params
-    state = dataclasses.replace(run.state, params=params, opt_state=last.tx.init(params))
-    meta = {
-        "architecture": run.spec.pretrained and run.spec.pretrained.architecture,
-        "shape": run.spec.shape,
-        "num_examples": run.spec.num_examples,
-        "offset": run.offset,
-        "scale": run.scale,
-        "crc32": None,
-        "phase": phase,
-        "iteration": last.iterations,
-    }
-    with place.checkpoints() as checkpoints:
-        checkpoints.save(run.step, state, meta)
-    return place
-
-
-def prepare(dataset: Dataset, config: Config) -> parallel.Data:
-    """Put a data set where the engine can reach it, on the device if it fits."""
-    resident = dataset.examples.nbytes <= config.train.resident_gib * 2**30
-    return parallel.place(
-        dataset.examples if resident else bounded(dataset.examples),
-        dataset.offset,
-        dataset.scale,
-        sweep_size=config.train.sweep_size,
-        resident=resident,
-    )
-
-
-def assign(run: Run, dataset: Dataset) -> evaluate.Assignment:
-    """Assign the examples of a data set, new or not, under the scaling of the training data.
-
-    Raises:
-        InputError: its examples have another shape than those of the run.
-    """
-    dataset = rescaled(run, dataset)
-    data = prepare(dataset, run.config)
-    return evaluate.compile_assign(run.method, data, _key(run.config))(run.state)
-
-
-def rescaled(run: Run, dataset: Dataset) -> Dataset:
-    """A data set under the scaling of the training data; raises as ``assign`` does."""
-    dataset = sources.with_scaling(dataset, run.offset, run.scale)
-    if dataset.example_shape != run.spec.shape:
-        raise InputError(
-            f"--config.data: examples of {dataset.name} have shape {dataset.example_shape}, the "
-            f"run was trained on {run.spec.shape}; give data of that shape"
-        )
-    return dataset
-
-
-def _pretrained(config: Config, spec: DataSpec) -> Pretrained | None:
-    """The denoiser that the config names.
-
-    Raises:
-        InputError: there is none, or it is for other data or settings.
-    """
-    path = config.pretrained
-    if not path:
-        return None
-    option = f"--config.pretrained={path}"
-    if not (workdir.locate(path) / workdir.CHECKPOINTS).is_dir():
-        try:
-            imported = diffusers.read(path)
-        except InputError as error:
-            raise InputError(f"{option}: {error}") from error
-        return Pretrained({"denoiser": imported.params}, imported.architecture)
-    run = load(path)
-    names = getattr(run.config.method, "PRETRAINED", ())
-    if not names:
-        raise InputError(f"{option}: {run.config.name} has no unconditional denoiser; give another")
-    if run.spec.shape != spec.shape:
-        raise InputError(
-            f"{option}: was trained on examples of shape {run.spec.shape}, these have {spec.shape}"
-        )
-    own, given = config.method, run.config.method
-    if run.spec.pretrained is None:
-        for name in names:
-            if getattr(own, name) != getattr(given, name):
-                raise InputError(
-                    f"{option}: was trained with --config.method.{name}={getattr(given, name)}, "
-                    f"not {getattr(own, name)}; give that here too"
-                )
-    architecture = run.spec.pretrained and run.spec.pretrained.architecture
-    return Pretrained({"denoiser": run.state.ema_params["denoiser"]}, architecture)
-
-
 def _run(
     config: Config,
     spec: DataSpec,
@@ -402,7 +188,11 @@ def _run(
     Raises:
         StoppedError: the run was asked to stop; a checkpoint has been saved.
     """
-    key, batch_size, shard = _key(config), config.train.batch_size, config.train.shard_params
+    key, batch_size, shard = (
+        jax.random.key(config.seed),
+        config.train.batch_size,
+        config.train.shard_params,
+    )
     about = _about(dataset, spec, sampled=not data.resident)
     state, step, after = _start(method, key, parallel.first_batch(data), checkpoints, about)
     if after is None and spec.pretrained:
@@ -506,6 +296,59 @@ def _begin_with(state: TrainState, pretrained: Pretrained) -> TrainState:
     return dataclasses.replace(state, params=params, ema_params=params)
 
 
+def _remaining(
+    method: Method, after: tuple[str, int] | None
+) -> Iterator[tuple[int, str, Phase, int]]:
+    """The phases still to run: their number, name, record, and iterations already done."""
+    names = list(method.phases)
+    at = names.index(after[0]) if after else -1
+    for number, (name, phase) in enumerate(method.phases.items()):
+        if number > at:
+            yield number, name, phase, 0
+        elif number == at and after and after[1] < phase.iterations:
+            yield number, name, phase, after[1]
+
+
+def read(config: sources.DataConfig, *, verbose: int) -> Dataset:
+    """The data, whose decoding the processes share; errors are those of ``data.load``.
+
+    What one process raises, all do, even those that wait for it.
+    """
+
+    def exchange(topic: str, text: str) -> list[str]:
+        texts = distributed.exchange(_READING, f" {text}", timeout=_READING_SECONDS)
+        for number, found in enumerate(texts):
+            if found.startswith("!"):
+                raise InputError(f"process {number} stopped: {found[1:]}")
+        return [found[1:] for found in texts]
+
+    team = sources.Team(jax.process_index(), jax.process_count(), exchange)
+    try:
+        return sources.load(config, team=team, verbose=verbose)
+    except Exception as error:
+        with contextlib.suppress(InputError):
+            distributed.exchange(_READING, f"!{error}", timeout=0.01)
+        raise
+
+
+def _choose(
+    dataset: Dataset, seed: int, place: workdir.Workdir | workdir.Memory, *, verbose: int
+) -> int:
+    """The number of clusters that the workdir holds, or a choice that is then kept there."""
+    kept = place.read_json(num_clusters.CHOICE)
+    if kept is not None:
+        return kept_number(kept, place.path)
+    if verbose:
+        print("choosing the number of clusters ...", flush=True)
+    choice = num_clusters.choose(
+        dataset.examples, offset=dataset.offset, scale=dataset.scale, seed=seed
+    )
+    place.write_json(num_clusters.CHOICE, choice._asdict())
+    if verbose:
+        print(num_clusters.describe(choice), flush=True)
+    return choice.chosen
+
+
 def _about(dataset: Dataset, spec: DataSpec, *, sampled: bool) -> dict[str, Any]:
     """What a checkpoint must know of its data: to predict on others, and to resume on these.
 
@@ -532,19 +375,6 @@ def _checksum(examples: Rows) -> int:
     for _, part in chunks(examples):
         checksum = zlib.crc32(np.ascontiguousarray(part).data, checksum)
     return checksum
-
-
-def _remaining(
-    method: Method, after: tuple[str, int] | None
-) -> Iterator[tuple[int, str, Phase, int]]:
-    """The phases still to run: their number, name, record, and iterations already done."""
-    names = list(method.phases)
-    at = names.index(after[0]) if after else -1
-    for number, (name, phase) in enumerate(method.phases.items()):
-        if number > at:
-            yield number, name, phase, 0
-        elif number == at and after and after[1] < phase.iterations:
-            yield number, name, phase, after[1]
 
 
 def _check_finite(
@@ -594,35 +424,6 @@ def _warn_of_sizes(scores: dict[str, float], num_clusters: int, step: int) -> No
         )
 
 
-def _choose(
-    dataset: Dataset, seed: int, place: workdir.Workdir | workdir.Memory, *, verbose: int
-) -> int:
-    """The number of clusters that the workdir holds, or a choice that is then kept there."""
-    kept = place.read_json(num_clusters.CHOICE)
-    if kept is not None:
-        return _kept(kept, place.path)
-    if verbose:
-        print("choosing the number of clusters ...", flush=True)
-    choice = num_clusters.choose(
-        dataset.examples, offset=dataset.offset, scale=dataset.scale, seed=seed
-    )
-    place.write_json(num_clusters.CHOICE, choice._asdict())
-    if verbose:
-        print(num_clusters.describe(choice), flush=True)
-    return choice.chosen
-
-
-def _kept(choice: Any, path: Any) -> int:
-    """The number of clusters in a file; raises InputError where there is none."""
-    try:
-        return int(choice["chosen"])
-    except (KeyError, TypeError, ValueError):
-        raise InputError(
-            f"--workdir={path}: its run has not chosen its number of clusters yet, or "
-            f"{num_clusters.CHOICE} is damaged; remove it and give the command of the run again"
-        ) from None
-
-
 def _opening(
     config: Config,
     dataset: Dataset,
@@ -646,5 +447,24 @@ def _opening(
     )
 
 
-def _key(config: Config) -> PRNGKeyArray:
-    return jax.random.key(config.seed)
+def _report(
+    run: Run,
+    dataset: Dataset,
+    assignment: evaluate.Assignment,
+    place: workdir.Workdir,
+    trained: bool,
+    started: float,
+    verbose: int,
+) -> dict[str, Any]:
+    """Write the results, unless they are there, and print them."""
+    summary = None if trained else results.read(place)
+    if summary is None:
+        if verbose:
+            print("comparing with baselines and drawing pictures ...", flush=True)
+        history = place.read_metrics()
+        summary = results.write(
+            run, dataset, assignment, place, history=history, started=started, training=True
+        )
+    if verbose:
+        print(results.describe(summary, place.path), flush=True)
+    return summary

@@ -13,7 +13,7 @@ from collections.abc import Callable
 import jax
 import numpy as np
 
-from dec_diffusion import config, data, distributed, engine, train
+from dec_diffusion import config, data, distributed, engine, train, trained
 from dec_diffusion.interrupt import Stop, StoppedError
 from dec_diffusion.methods.clusterddpm import ClusterDDPM
 from dec_diffusion.methods.diec import DiEC
@@ -127,8 +127,8 @@ def main(folder: pathlib.Path, name: str, iterations: int, pod: distributed.Pod)
         stop = After(iterations, lambda: len(compilations))
         with contextlib.suppress(StoppedError):
             train.fit(settings(name), folder / name, dataset=dataset, verbose=0, stop=stop)
-        run = train.load(folder / name)
-        found = train.assign(run, dataset)
+        run = trained.load(folder / name)
+        found = trained.assign(run, dataset)
         clusters = statistics(name, run.state)
         if jax.process_index() == 0:
             np.savez(

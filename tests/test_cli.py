@@ -24,7 +24,7 @@ import pytest
 from PIL import Image
 
 from dec_diffusion import config as configs
-from dec_diffusion import main, options, train
+from dec_diffusion import main, options, train, trained
 from dec_diffusion.config import Config
 from dec_diffusion.methods.clusterddpm import ClusterDDPM
 
@@ -129,7 +129,7 @@ def digest(folder: pathlib.Path) -> dict[str, str]:
 
 def assert_same_run(one: pathlib.Path, other: pathlib.Path) -> None:
     """Bitwise the same weights, mixture and assignments, and the same history."""
-    a, b = train.load(one), train.load(other)
+    a, b = trained.load(one), trained.load(other)
     assert a.step == b.step == LAST
     leaves, structure = jax.tree.flatten(a.state)
     others, other_structure = jax.tree.flatten(b.state)
@@ -347,7 +347,7 @@ def test_a_loss_that_is_not_finite_stops_and_spoils_nothing(run_python, tmp_path
     failed, good = map(int, found.groups())
     assert good == failed - 1 == steps_of(workdir)[-1]
     assert "--config.method.learning_rate" in line
-    for x in jax.tree.leaves(train.load(workdir).state):
+    for x in jax.tree.leaves(trained.load(workdir).state):
         assert np.isfinite(np.asarray(x)).all()
     assert not (workdir / "assignments.csv").exists()
     before = digest(workdir / "checkpoints")

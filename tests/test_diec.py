@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dec_diffusion import command, engine, metrics, train
+from dec_diffusion import command, engine, metrics, train, trained
 from dec_diffusion.config import Config, TrainConfig
 from dec_diffusion.data import DataConfig
 from dec_diffusion.features import pooled
@@ -388,9 +388,9 @@ def test_finished_run_is_left_alone_and_loads(finished, capsys):
     assert "complete after" in capsys.readouterr().out
     assert (folder / "metrics.jsonl").read_text() == before
     np.testing.assert_array_equal(again.assignment.labels, result.assignment.labels)
-    run = train.load(folder)
+    run = trained.load(folder)
     np.testing.assert_array_equal(
-        train.assign(run, result.dataset).labels, result.assignment.labels
+        trained.assign(run, result.dataset).labels, result.assignment.labels
     )
 
 
@@ -409,7 +409,7 @@ def test_denoiser_of_another_run_is_reused(finished, tmp_path):
     result = train.fit(config, tmp_path / "again", verbose=0)
     assert list(result.run.method.phases) == ["cluster"]
     assert result.run.step == 8
-    assert train.load(tmp_path / "again").spec.pretrained is not None
+    assert trained.load(tmp_path / "again").spec.pretrained is not None
     other = dataclasses.replace(config, method=dataclasses.replace(config.method, width=16))
     with pytest.raises(InputError, match=r"--config\.pretrained=.*--config\.method\.width=8"):
         train.fit(other, tmp_path / "other", verbose=0)
@@ -422,9 +422,9 @@ def test_imported_denoiser_clusters_end_to_end(tmp_path):
     config = dataclasses.replace(run_config(iterations=1), pretrained=str(FIXTURES / "plain"))
     result = train.fit(config, tmp_path / "run", verbose=0)
     assert "middle" in result.summary["search"] or result.summary["search"]["layer"]
-    run = train.load(tmp_path / "run")
+    run = trained.load(tmp_path / "run")
     np.testing.assert_array_equal(
-        train.assign(run, result.dataset).labels, result.assignment.labels
+        trained.assign(run, result.dataset).labels, result.assignment.labels
     )
 
 

@@ -44,7 +44,7 @@ CONFINED = {
 }
 
 # What may not be imported from where, in the package itself: arrows point one way only.
-HOST = {"parallel", "evaluate", "train", "main", "workdir", "checkpoints", "data"}
+HOST = {"parallel", "evaluate", "trained", "train", "main", "workdir", "checkpoints", "data"}
 FORBIDDEN = {
     "networks": {"method", "methods", "engine", *HOST},
     "method": {"methods", "networks", "engine", *HOST},
@@ -60,10 +60,12 @@ FORBIDDEN = {
     "data": {"methods", "networks", "engine", *HOST - {"data"}},
     "checkpoints": {"methods", "networks", "engine", *HOST - {"checkpoints"}},
     "workdir": {"methods", "networks", "engine", *HOST - {"workdir", "checkpoints"}},
-    "evaluate": {"train", "estimator", "main"},
-    "report": {"train", "estimator", "main"},
-    "page": {"train", "estimator", "main"},
-    "prototypes": {"train", "estimator", "main"},
+    "evaluate": {"trained", "train", "estimator", "main"},
+    "report": {"trained", "train", "estimator", "main"},
+    "page": {"trained", "train", "estimator", "main"},
+    "prototypes": {"trained", "train", "estimator", "main"},
+    "trained": {"results", "train", "seeds", "estimator", "main"},
+    "results": {"train", "seeds", "estimator", "main"},
     "train": {"seeds", "estimator", "main"},
     "seeds": {"estimator", "main"},
     "estimator": {"main"},

@@ -23,7 +23,7 @@ from dec_diffusion.data.synthetic import SETS, draw_blobs, log_posterior
 from dec_diffusion.method import DataSpec
 from dec_diffusion.methods import neural_mixture as nm
 from dec_diffusion.methods.neural_mixture import NeuralMixture
-from dec_diffusion.train import load
+from dec_diffusion.trained import load
 from dec_diffusion.types import InputError
 
 DENSITIES = ("S", "P", "X")
@@ -667,7 +667,7 @@ import jax, jax.numpy as jnp, numpy as np
 from jax.sharding import NamedSharding, PartitionSpec as P
 from dec_diffusion.method import DataSpec
 from dec_diffusion.methods.neural_mixture import NeuralMixture
-from dec_diffusion.train import load
+from dec_diffusion.trained import load
 
 for density in "SPX":
     method = NeuralMixture(num_clusters=4, density=density, network="mlp", width=8, hidden=8,

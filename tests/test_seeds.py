@@ -11,7 +11,7 @@ import pytest
 from sklearn.metrics import adjusted_rand_score
 
 import dec_diffusion
-from dec_diffusion import main, options, seeds, train
+from dec_diffusion import main, options, seeds, train, trained
 from dec_diffusion.command import load_config
 from dec_diffusion.seeds import Comparison
 from dec_diffusion.types import InputError
@@ -194,4 +194,4 @@ def test_every_seed_chooses_its_own_number_of_clusters(tmp_path):
         largest = max(labels_of(found.path / f"seed{seed}"))
         assert largest < chosen
         assert plain["runs"][f"seed{seed}"]["clusters_nonempty"] <= chosen
-    assert train.load(found.path).config.method.num_clusters == 4
+    assert trained.load(found.path).config.method.num_clusters == 4

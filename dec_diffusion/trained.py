@@ -1,0 +1,207 @@
+"""A trained run: its method, built, loaded, saved, and applied to data.
+
+What `train.fit` ends with, and all that prediction, sampling and another training that starts from
+it need; nothing here trains.
+"""
+
+import dataclasses
+import functools
+import os
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from dec_diffusion import config as configs
+from dec_diffusion import data as sources
+from dec_diffusion import engine, evaluate, num_clusters, parallel, workdir
+from dec_diffusion.checkpoints import Checkpoints
+from dec_diffusion.config import Config
+from dec_diffusion.data import Dataset
+from dec_diffusion.data.shards import bounded
+from dec_diffusion.engine import TrainState
+from dec_diffusion.method import DataSpec, Method, Pretrained
+from dec_diffusion.networks import diffusers
+from dec_diffusion.types import AUTO, InputError
+
+
+class Run(NamedTuple):
+    """A trained method, ready to predict and to sample.
+
+    Attributes:
+        config: as it was trained.
+        spec: shape and number of the training examples.
+        method: the method built for that shape.
+        state: weights (``ema_params`` are the ones to use) and mixture.
+        offset: of the training data; new data go through the same scaling.
+        scale: likewise.
+        step: gradient steps taken.
+    """
+
+    config: Config
+    spec: DataSpec
+    method: Method
+    state: TrainState
+    offset: np.ndarray
+    scale: np.ndarray
+    step: int
+
+
+def build(config: Config, spec: DataSpec) -> Method:
+    """The method; the same one for the same settings and shapes, with its compiled programs."""
+    if spec.pretrained:
+        return config.method.build(spec)
+    return _built(type(config.method), tuple(configs.flatten(config.method).items()), spec)
+
+
+@functools.lru_cache(maxsize=4)
+def _built(kind: type[Any], settings: tuple[tuple[str, Any], ...], spec: DataSpec) -> Method:
+    return kind(**dict(settings)).build(spec)
+
+
+def load(path: str | os.PathLike[str]) -> Run:
+    """The trained method of a workdir, from its newest intact checkpoint.
+
+    Raises:
+        InputError: there is no run in ``path``, or no checkpoint, or none is intact.
+    """
+    config = configs.from_dict(workdir.read_config(path))
+    place = workdir.Workdir(workdir.locate(path))
+    if config.method.num_clusters == AUTO:
+        config = configs.resolved(config, kept_number(place.read_json(num_clusters.CHOICE), path))
+    folder = place.path / workdir.CHECKPOINTS
+    built: dict[str, Any] = {}
+
+    def template(meta: dict[str, Any]) -> Any:
+        shape, num_examples = tuple(meta["shape"]), meta["num_examples"]
+        spec = DataSpec(shape, num_examples, config.train.batch_size)
+        if config.pretrained:
+            spec = spec._replace(pretrained=Pretrained({}, meta["architecture"]))
+        built.update(spec=spec, method=build(config, spec))
+        batch = {
+            "image": np.zeros((1, *spec.shape), np.float32),
+            "index": np.zeros(1, np.int32),
+            "weight": np.ones(1, np.float32),
+        }
+        phase = built["method"].phases[meta["phase"]]
+        return engine.state_template(built["method"], phase, jax.random.key(config.seed), batch)
+
+    with Checkpoints(folder, read_only=True) as checkpoints:
+        restored = checkpoints.restore_latest(template)
+    if restored is None:
+        raise InputError(f"--workdir={path} has no checkpoint yet; let its run reach one first")
+    offset, scale = (np.asarray(restored.meta[name], np.float32) for name in ("offset", "scale"))
+    state = jax.tree.map(jax.numpy.asarray, restored.state)
+    return Run(config, built["spec"], built["method"], state, offset, scale, restored.step)
+
+
+def save(run: Run, path: str | os.PathLike[str]) -> workdir.Workdir:
+    """Write a trained method to a new workdir, for ``load`` and for prediction, not for training.
+
+    Raises:
+        InputError: ``path`` is in use or cannot be written.
+    """
+    if (Path(path).expanduser() / workdir.CONFIG).exists():
+        raise InputError(f"--workdir={path}: holds a run already; give a new folder")
+    place = workdir.open_workdir(path, configs.to_dict(run.config))
+    phase, last = list(run.method.phases.items())[-1]
+    params = run.state.ema_params
+    state = dataclasses.replace(run.state, params=params, opt_state=last.tx.init(params))
+    meta = {
+        "architecture": run.spec.pretrained and run.spec.pretrained.architecture,
+        "shape": run.spec.shape,
+        "num_examples": run.spec.num_examples,
+        "offset": run.offset,
+        "scale": run.scale,
+        "crc32": None,
+        "phase": phase,
+        "iteration": last.iterations,
+    }
+    with place.checkpoints() as checkpoints:
+        checkpoints.save(run.step, state, meta)
+    return place
+
+
+def prepare(dataset: Dataset, config: Config) -> parallel.Data:
+    """Put a data set where the engine can reach it, on the device if it fits."""
+    resident = dataset.examples.nbytes <= config.train.resident_gib * 2**30
+    return parallel.place(
+        dataset.examples if resident else bounded(dataset.examples),
+        dataset.offset,
+        dataset.scale,
+        sweep_size=config.train.sweep_size,
+        resident=resident,
+    )
+
+
+def assign(run: Run, dataset: Dataset) -> evaluate.Assignment:
+    """Assign the examples of a data set, new or not, under the scaling of the training data.
+
+    Raises:
+        InputError: its examples have another shape than those of the run.
+    """
+    dataset = rescaled(run, dataset)
+    data = prepare(dataset, run.config)
+    return evaluate.compile_assign(run.method, data, jax.random.key(run.config.seed))(run.state)
+
+
+def rescaled(run: Run, dataset: Dataset) -> Dataset:
+    """A data set under the scaling of the training data; raises as ``assign`` does."""
+    dataset = sources.with_scaling(dataset, run.offset, run.scale)
+    if dataset.example_shape != run.spec.shape:
+        raise InputError(
+            f"--config.data: examples of {dataset.name} have shape {dataset.example_shape}, the "
+            f"run was trained on {run.spec.shape}; give data of that shape"
+        )
+    return dataset
+
+
+def read_pretrained(config: Config, spec: DataSpec) -> Pretrained | None:
+    """The denoiser that the config names.
+
+    Raises:
+        InputError: there is none, or it is for other data or settings.
+    """
+    path = config.pretrained
+    if not path:
+        return None
+    option = f"--config.pretrained={path}"
+    if not (workdir.locate(path) / workdir.CHECKPOINTS).is_dir():
+        try:
+            imported = diffusers.read(path)
+        except InputError as error:
+            raise InputError(f"{option}: {error}") from error
+        return Pretrained({"denoiser": imported.params}, imported.architecture)
+    run = load(path)
+    names = getattr(run.config.method, "PRETRAINED", ())
+    if not names:
+        raise InputError(f"{option}: {run.config.name} has no unconditional denoiser; give another")
+    if run.spec.shape != spec.shape:
+        raise InputError(
+            f"{option}: was trained on examples of shape {run.spec.shape}, these have {spec.shape}"
+        )
+    own, given = config.method, run.config.method
+    if run.spec.pretrained is None:
+        for name in names:
+            if getattr(own, name) != getattr(given, name):
+                raise InputError(
+                    f"{option}: was trained with --config.method.{name}={getattr(given, name)}, "
+                    f"not {getattr(own, name)}; give that here too"
+                )
+    architecture = run.spec.pretrained and run.spec.pretrained.architecture
+    return Pretrained({"denoiser": run.state.ema_params["denoiser"]}, architecture)
+
+
+def kept_number(choice: Any, path: Any) -> int:
+    """The number of clusters that a run has chosen; raises InputError where there is none.
+
+    ``choice`` is what ``num_clusters.json`` in the workdir ``path`` holds.
+    """
+    try:
+        return int(choice["chosen"])
+    except (KeyError, TypeError, ValueError):
+        raise InputError(
+            f"--workdir={path}: its run has not chosen its number of clusters yet, or "
+            f"{num_clusters.CHOICE} is damaged; remove it and give the command of the run again"
+        ) from None
