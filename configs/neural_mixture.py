@@ -18,12 +18,12 @@
 
 Measured (mean and standard deviation over seeds, no selection, labels for scoring only):
 
-digits      ACC .948 +- .001, NMI .917 +- .003, ARI .894 +- .003; the command above with
-            --config.seed=0 ... 4. The first run takes 31 s and 0.9 GiB on two idle cores
+digits      ACC .948 +- .002, NMI .917 +- .003, ARI .894 +- .003; the command above with
+            --seeds=0..4. The first run takes 31 s and 0.9 GiB on two idle cores
 mnist       ACC .975 +- .007, NMI .940 +- .011, ARI .947 +- .015 over seeds 0 to 2 (.979, .967 and
             .980); 2,457 steps, 6 min a run and 2.1 GiB on one core of two
-usps        seed 0: ACC .922, NMI .935, ARI .918, k-means on the features before the scores .984,
-            .957, .969; 1,080 steps, 2 min 40 s on one core
+usps        ACC .984 and .984, NMI .956 and .956 (seeds 0 and 2); 1,080 steps, 9 min on one core
+            that other work shared
 the others  not measured
 """
 
