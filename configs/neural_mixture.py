@@ -22,8 +22,8 @@ digits      ACC .948 +- .002, NMI .917 +- .003, ARI .894 +- .003; the command ab
             --seeds=0..4. The first run takes 31 s and 0.9 GiB on two idle cores
 mnist       ACC .975 +- .007, NMI .940 +- .011, ARI .947 +- .015 over seeds 0 to 2 (.979, .967 and
             .980); 2,457 steps, 6 min a run and 2.1 GiB on one core of two
-usps        ACC .984 and .984, NMI .956 and .956 (seeds 0 and 2); 1,080 steps, 9 min on one core
-            that other work shared
+usps        ACC .984 +- .001, NMI .957 +- .002, ARI .968 +- .002 over seeds 0 to 2; 1,080 steps,
+            9 min on one core of two
 the others  not measured
 """
 
