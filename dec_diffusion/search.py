@@ -33,7 +33,6 @@ from dec_diffusion.types import Array, Bool, Float, Int, PRNGKeyArray, pytree
 Score = Literal["rank", "corrected", "stability", "consensus", "chi"]
 """By which of (1) to (5) cells are compared."""
 
-_PLAIN = ("chi", "corrected", "stability")  # scores of a cell by itself
 _OVERSAMPLE = 8  # axes of the random subspace beyond those asked for
 _MOST = 2**25  # elements of the memberships of all cells: 128 MiB
 
@@ -230,12 +229,11 @@ def comparable(cells: Cell, agreed: Float[Array, "*c"], score: Score, k: int) ->
         score: which.
         k: number of clusters.
     """
-    values = {"consensus": agreed, **{name: getattr(cells, name) for name in _PLAIN}}
-    values["rank"] = sum(
-        (_ranks(values[name]) for name in ("corrected", "stability", "consensus")),
-        jnp.zeros(cells.chi.shape),
-    )
-    return jnp.where(_kept(cells, k), values[score], -jnp.inf)
+    if score == "rank":
+        value = _ranks(cells.corrected) + _ranks(cells.stability) + _ranks(agreed)
+    else:
+        value = agreed if score == "consensus" else getattr(cells, score)
+    return jnp.where(_kept(cells, k), value, -jnp.inf)
 
 
 def _kept(cells: Cell, k: int) -> Bool[Array, "*c"]:
