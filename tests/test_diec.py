@@ -16,6 +16,7 @@ from dec_diffusion.features import pooled
 from dec_diffusion.method import DataSpec, Pretrained
 from dec_diffusion.methods.diec import DiEC
 from dec_diffusion.options import parse
+from dec_diffusion.targets import target_distribution
 from dec_diffusion.types import InputError
 
 FIXTURES = pathlib.Path(__file__).parent / "fixtures" / "diffusers"
@@ -165,7 +166,7 @@ def test_search_finds_planted_groups_without_labels():
     found = method.findings(state.cluster)
     assert found.rows == (0, 25, 50)
     assert found.columns == ("down_0_0", "down_1_0", "middle", "up_1_0", "up_0_0")
-    assert accuracy(state.cluster.first.values) > 0.95
+    assert accuracy(state.cluster.kmeans.values) > 0.95
     row, column = found.chosen
     assert found.scores["value"][row, column] == found.scores["value"].max()
     assert found.rows[row] == int(state.cluster.timestep)
@@ -203,14 +204,38 @@ def test_features_depend_on_nothing_but_the_example():
 
 
 def test_first_assignment_is_that_of_kmeans_bit_for_bit():
-    method, state = entered(TINY)
+    method, state = entered(dataclasses.replace(TINY, start="kmeans"))
     z = method.embed(state.ema_params, state.cluster, WHOLE, KEY)
-    np.testing.assert_array_equal(state.cluster.labels.values, state.cluster.first.values)
+    np.testing.assert_array_equal(state.cluster.labels.values, state.cluster.kmeans.values)
+    np.testing.assert_array_equal(state.cluster.start.values, state.cluster.kmeans.values)
     params = {**state.params, "map": jax.tree.map(jnp.zeros_like, state.params["map"])}
     np.testing.assert_array_equal(z, method.embed(params, state.cluster, WHOLE, KEY))
     log_q = assigned(method, state, WHOLE)
-    np.testing.assert_array_equal(log_q.argmax(1), state.cluster.first.values)
+    np.testing.assert_array_equal(log_q.argmax(1), state.cluster.kmeans.values)
     np.testing.assert_allclose(jnp.exp(log_q).sum(1), 1.0, rtol=1e-5)
+    assert set(method.findings(state.cluster).partitions) == {"kmeans_at_cell"}
+
+
+def test_the_groups_of_the_graph_are_the_first_target_and_their_means_the_centres():
+    method, state = entered(TINY)
+    groups = np.asarray(state.cluster.start.values)
+    np.testing.assert_array_equal(state.cluster.target.values, np.eye(K)[groups])
+    e = np.asarray(method.embed(state.ema_params, state.cluster, WHOLE, KEY))
+    means = np.stack([e[groups == c].mean(0) for c in range(K)])
+    np.testing.assert_allclose(state.params["centers"], means, atol=1e-4)
+    found = method.findings(state.cluster).partitions
+    np.testing.assert_array_equal(found["graph_at_cell"], groups)
+    np.testing.assert_array_equal(found["kmeans_at_cell"], state.cluster.kmeans.values)
+    # Past its first third, training teaches itself.
+    refresh = method.phases["cluster"].refresh
+    collected = refresh.collect(state.ema_params, state.cluster, WHOLE, KEY)
+    log_q = collected[0][1]
+    for progress, expected in ((0.2, np.eye(K)[groups]), (0.5, target_distribution(log_q))):
+        _, cluster, info = refresh.update(
+            state.params, state.cluster, collected, WHOLE["weight"], KEY, jnp.float32(progress)
+        )
+        np.testing.assert_allclose(cluster.target.values, expected, atol=1e-6)
+        assert not info["converged"]
 
 
 def reached(gradient):
@@ -256,7 +281,7 @@ def test_denoising_reaches_the_whole_denoiser_and_nothing_else():
 def test_fine_tuning_keeps_the_groups_and_the_denoiser():
     method, start = entered(TINY)
     state, info = fine_tuned(TINY)
-    assert accuracy(state.cluster.labels.values) >= accuracy(start.cluster.first.values)
+    assert accuracy(state.cluster.labels.values) >= accuracy(start.cluster.kmeans.values)
     before, after = np.asarray(state.cluster.denoising)
     assert before == np.asarray(start.cluster.denoising)[1]
     assert after < 1.1 * before
@@ -279,7 +304,9 @@ def test_frozen_denoiser_does_not_move():
 
 @pytest.mark.slow
 def test_sinkhorn_targets_and_consistency():
-    settings = fixed(10, target="sinkhorn", consistency=0.5, pool="average", whiten=False)
+    settings = fixed(
+        10, start="kmeans", target="sinkhorn", consistency=0.5, pool="average", whiten=False
+    )
     method, start = entered(settings)
     np.testing.assert_allclose(start.cluster.target.values.mean(0), 1 / K, atol=1e-3)
     state, info = fine_tuned(settings)
@@ -344,14 +371,20 @@ def test_bracketing_finds_the_planted_groups_at_the_bottleneck(strategy):
     settings = dataclasses.replace(TINY, strategy=strategy, layer="middle", score="chi")
     method, state = entered(settings)
     assert int(state.cluster.layer) == 2
-    assert accuracy(state.cluster.first.values) > 0.95
+    assert accuracy(state.cluster.kmeans.values) > 0.95
     rows = method.findings(state.cluster).rows
     assert list(rows) == sorted(rows)
 
 
 def run_config(**changes):
     settings = dataclasses.replace(
-        TINY, num_clusters=10, timesteps=2, pretrain_iterations=1, steps=4, dims=5, **changes
+        TINY,
+        num_clusters=10,
+        timesteps=2,
+        pretrain_iterations=1,
+        steps=25,
+        dims=5,
+        **changes,
     )
     return Config(
         "diec-test",
@@ -397,10 +430,11 @@ def test_finished_run_is_left_alone_and_loads(finished, capsys):
 def test_phase_ends_when_labels_settle(tmp_path):
     result = train.fit(run_config(tolerance=0.99, iterations=5), tmp_path / "run", verbose=0)
     records = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").open()]
-    assert [r["phase"] for r in records] == ["pretrain", "cluster"]
-    assert result.run.step == 8
+    # Not in the first third, in which the groups of the graph are learnt.
+    assert [r["phase"] for r in records] == ["pretrain", "cluster", "cluster"]
+    assert result.run.step == 75
     train.fit(run_config(tolerance=0.99, iterations=5), tmp_path / "run", verbose=0)
-    assert len((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()) == 2
+    assert len((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()) == 3
 
 
 def test_denoiser_of_another_run_is_reused(finished, tmp_path):
@@ -408,7 +442,7 @@ def test_denoiser_of_another_run_is_reused(finished, tmp_path):
     config = dataclasses.replace(run_config(), pretrained=str(folder))
     result = train.fit(config, tmp_path / "again", verbose=0)
     assert list(result.run.method.phases) == ["cluster"]
-    assert result.run.step == 8
+    assert result.run.step == 50
     assert trained.load(tmp_path / "again").spec.pretrained is not None
     other = dataclasses.replace(config, method=dataclasses.replace(config.method, width=16))
     with pytest.raises(InputError, match=r"--config\.pretrained=.*--config\.method\.width=8"):

@@ -22,6 +22,7 @@ LEAVES = {
     "gmm",
     "products",
     "kmeans",
+    "communities",
     "targets",
     "sampling",
     "search",

@@ -28,7 +28,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from dec_diffusion import gmm, optimiser, parts, sampling, schedule, views
+from dec_diffusion import communities, gmm, optimiser, parts, sampling, schedule, views
 from dec_diffusion.gmm import Mixture
 from dec_diffusion.method import DataSpec, EStage, Method, Phase, Rule, check_settings
 from dec_diffusion.networks import Network, clusterddpm_networks
@@ -43,6 +43,8 @@ from dec_diffusion.types import (
     Params,
     PRNGKeyArray,
 )
+
+_ANCHORS = 2**16  # examples among which neighbours are looked for
 
 
 @dataclasses.dataclass
@@ -93,7 +95,9 @@ class ClusterDDPM:
         clip: global norm at which gradients are clipped.
         ema: decay of the averaged weights.
         mixture_iterations: EM iterations of the mixture per E-step.
-        mixture_restarts: starts of the first mixture, of which the likeliest is kept.
+        start: the first mixture: of the ``graph``, from the communities of the neighbour graph of
+            the latents, or the one of highest ``likelihood`` among several starts.
+        mixture_restarts: how many starts.
         variance_floor: lowest variance of a component, in units of the pooled variance.
         weight_prior: Dirichlet parameter of the mixture's weights; 1 is none.
         reseed_below: share, in units of 1 / K, below which a component is re-seeded by splitting
@@ -142,6 +146,7 @@ class ClusterDDPM:
     clip: float = 1000.0
     ema: float = 0.99
     mixture_iterations: int = 20
+    start: Literal["graph", "likelihood"] = "graph"
     mixture_restarts: int = 20
     variance_floor: float = 1e-2
     weight_prior: float = 1.0
@@ -244,6 +249,7 @@ def _method(
     view = views.View(
         rotate=s.rotate, shift=s.shift, scale=s.scale, shear=s.shear, flip=s.flip, noise=s.noise
     )
+    k = s.num_clusters
     em_iterations = s.balance_iterations + s.em_iterations
     # Half an iteration less, so that rounding cannot move the last balanced E-step.
     balanced_share = (s.balance_iterations - 0.5) / em_iterations
@@ -266,7 +272,7 @@ def _method(
             "encoder": encoder.init(encoder_key, x),
             "denoiser": denoiser.init(denoiser_key, x, ones, z, ones),
         }
-        k, d = s.num_clusters, s.latent
+        d = s.latent
         return params, Mixture(jnp.full(k, -jnp.log(k)), jnp.zeros((k, d)), jnp.ones((k, d)))
 
     def encode(params: Params, x: Array) -> tuple[Array, Array]:
@@ -393,10 +399,16 @@ def _method(
         progress: Array,
     ) -> tuple[Params, Mixture, Metrics]:
         mean, variance = features
+        if s.start == "graph":
+            anchors = jnp.asarray(communities.some(spec.num_examples, _ANCHORS), jnp.int32)
+            groups = communities.partition(key, mean, k, weight=weight, anchors=anchors)
+            centers = jnp.zeros((k, s.latent))
+            mixture = gmm.of_groups(groups.labels, centers, mean, variance, weight=weight, **guards)
+            return params, mixture, {"modularity": groups.modularity}
         start = gmm.init(
             key,
             mean,
-            s.num_clusters,
+            k,
             variance=variance,
             weight=weight,
             restarts=s.mixture_restarts,

@@ -30,7 +30,16 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from dec_diffusion import features, optimiser, sampling, schedule, search, spread, targets
+from dec_diffusion import (
+    communities,
+    features,
+    optimiser,
+    sampling,
+    schedule,
+    search,
+    spread,
+    targets,
+)
 from dec_diffusion.features import Denoiser
 from dec_diffusion.kmeans import kmeans
 from dec_diffusion.method import (
@@ -59,6 +68,7 @@ from dec_diffusion.types import (
     pytree,
 )
 
+_LEARN_START = 0.3  # part of fine-tuning in which the graph's groups are the target
 _SNAPSHOT = 24  # images generated before fine-tuning, for comparison
 
 
@@ -94,7 +104,10 @@ class DiEC:
         whiten: give all of them the same variance.
         unit: give all examples the same length after that, so that directions are clustered.
         search_restarts: of k-means in every cell of the search.
-        restarts: of k-means on all the data at the chosen cell.
+        restarts: of k-means, and of the groups below, on all the data at the chosen cell.
+        start: the partition that training begins with: ``graph``, the communities of the
+            neighbour graph at the chosen cell, or ``kmeans``, which suits groups of very
+            different sizes better.
         frozen: train only the residual map and the centres, on features computed once.
         iterations: of the second phase; each ends with new targets.
         steps: gradient steps per iteration; 0 is one pass over the data.
@@ -156,6 +169,7 @@ class DiEC:
     unit: bool = True
     search_restarts: int = 4
     restarts: int = 20
+    start: Literal["graph", "kmeans"] = "graph"
     frozen: bool = False
     iterations: int = 12
     steps: int = 50
@@ -168,10 +182,10 @@ class DiEC:
     denoise: float = 1.0
     consistency: float = 0.0
     tolerance: float = 1e-3
-    hidden: int = 64
+    hidden: int = 256
     pretrain_rate: float = 2e-3
-    learning_rate: float = 1e-3
-    denoiser_rate: float = 0.1
+    learning_rate: float = 3e-3
+    denoiser_rate: float = 0.03
     decay: bool = True
     clip: float = 1000.0
     ema: float = 0.99
@@ -239,7 +253,7 @@ class Clusters:
         target: p, equation (5), [n, k].
         neighbours, similarity: the graph, [n, g], as places among the anchors and s of (6).
         labels: int32 [n], the assignment that belongs to the target.
-        first: int32 [n], k-means at the chosen cell, before any fine-tuning.
+        kmeans, start: int32 [n], k-means at the chosen cell, and what training begins with.
         denoising: squared error on held-out examples (all, if none are) before fine-tuning and
             now, a mean over dimensions.
         snapshot: examples generated before fine-tuning.
@@ -255,7 +269,8 @@ class Clusters:
     neighbours: Table
     similarity: Table
     labels: Table
-    first: Table
+    kmeans: Table
+    start: Table
     denoising: Float[Array, " 2"]
     snapshot: Float[Array, "m *s"]
     map: SearchMap
@@ -273,9 +288,7 @@ def _method(s: DiEC, denoiser: Denoiser, spec: DataSpec) -> Method:
     coarse = _timesteps(s, grid)
     _check_fit(s, layers, spec)
     held_out = np.random.default_rng(0).random(n) < s.held_out
-    anchors = np.arange(n)
-    if n > s.anchors:
-        anchors = np.sort(np.random.default_rng(1).permutation(n)[: s.anchors])
+    anchors = communities.some(n, s.anchors)
 
     def level(timestep: Array, b: int) -> Array:
         return jnp.full(b, grid.log_snr[timestep])
@@ -315,7 +328,8 @@ def _method(s: DiEC, denoiser: Denoiser, spec: DataSpec) -> Method:
             neighbours=Table(jnp.zeros((n, s.neighbours), jnp.int32), n),
             similarity=Table(jnp.zeros((n, s.neighbours)), n),
             labels=Table(jnp.zeros(n, jnp.int32), n),
-            first=Table(jnp.zeros(n, jnp.int32), n),
+            kmeans=Table(jnp.zeros(n, jnp.int32), n),
+            start=Table(jnp.zeros(n, jnp.int32), n),
             denoising=jnp.zeros(2),
             snapshot=jnp.zeros((_SNAPSHOT, *spec.shape)),
             map=SearchMap(
@@ -366,6 +380,7 @@ def _method(s: DiEC, denoiser: Denoiser, spec: DataSpec) -> Method:
         progress: Array,
     ) -> tuple[Params, Clusters, Metrics]:
         subset_key, score_key, axes_key, kmeans_key, sample_key = jax.random.split(key, 5)
+        graph_key = jax.random.fold_in(kmeans_key, 1)
         x, weight = trimmed((x, weight))
         examples = jax.random.permutation(subset_key, n)[:m].astype(jnp.int32)
         found = explore(params, Table(x, n).take(examples), score_key)
@@ -378,20 +393,33 @@ def _method(s: DiEC, denoiser: Denoiser, spec: DataSpec) -> Method:
         projection = search.principal(axes_key, Table(h, n).take(examples), d)
         projection = search.whiten(projection) if s.whiten else projection
         e = search.project(projection, h, unit=s.unit)
-        start = kmeans(kmeans_key, e, k, weight=weight, restarts=s.restarts, max_iterations=100)
-        labels = Table(start.labels.astype(jnp.int32), n)
+        found = kmeans(kmeans_key, e, k, weight=weight, restarts=s.restarts, max_iterations=100)
+        labels, centers = found.labels.astype(jnp.int32), found.centers
+        start = labels
+        if s.start == "graph":
+            start = communities.partition(
+                graph_key,
+                e,
+                k,
+                weight=weight,
+                anchors=jnp.asarray(anchors, jnp.int32),
+                restarts=s.restarts,
+            ).labels
+            member = jax.nn.one_hot(start, k) * weight[:, None]
+            centers = (member.T @ e) / jnp.maximum(member.sum(0), 1.0)[:, None]
         cluster = dataclasses.replace(
             cluster,
             layer=layer,
             timestep=timestep,
             projection=projection,
             features=e[:n] if s.frozen else cluster.features,
-            first=labels,
-            labels=labels,
+            kmeans=Table(labels, n),
+            start=Table(start, n),
+            labels=Table(start, n),
             snapshot=draw(params, sample_key, _SNAPSHOT),
             map=SearchMap(timesteps, cells, agreed, value, examples, best.astype(jnp.int32)),
         )
-        return {**params, "centers": start.centers}, cluster, {}
+        return {**params, "centers": centers}, cluster, {}
 
     def compare(cells: Cell) -> tuple[Array, Array]:
         """The consensus of cells, and by what they are compared; of one layer if one is given."""
@@ -506,8 +534,14 @@ def _method(s: DiEC, denoiser: Denoiser, spec: DataSpec) -> Method:
         progress: Array,
     ) -> tuple[Params, Clusters, Metrics]:
         ((z, log_q), errors), weight = trimmed((collected, weight))
-        target = {"student": targets.target_distribution, "sinkhorn": targets.sinkhorn_target}
-        labels = log_q.argmax(-1).astype(jnp.int32)
+        make = {"student": targets.target_distribution, "sinkhorn": targets.sinkhorn_target}
+        target, labels = make[s.target](log_q, weight), log_q.argmax(-1).astype(jnp.int32)
+        learnt = progress > 0
+        if s.start == "graph":
+            # Nearest centres are not the groups of the graph: the map learns these first.
+            learnt = progress >= _LEARN_START
+            given = jax.nn.one_hot(cluster.start.values, k)
+            target = jnp.where(learnt, target, given)
         change = targets.label_change(labels, cluster.labels.values, weight)
         # Padded here and not by the program, which would move rows between devices for it.
         tested = np.pad(held_out if held_out.any() else ~held_out, (0, len(weight) - n))
@@ -520,7 +554,7 @@ def _method(s: DiEC, denoiser: Denoiser, spec: DataSpec) -> Method:
         cluster = dataclasses.replace(
             cluster,
             anchors=points,
-            target=Table(target[s.target](log_q, weight), n),
+            target=Table(target, n),
             neighbours=Table(neighbours, n),
             similarity=Table(similarity, n),
             labels=Table(labels, n),
@@ -530,7 +564,7 @@ def _method(s: DiEC, denoiser: Denoiser, spec: DataSpec) -> Method:
             "label_change": change,
             "held_out_denoising": now,
             "confidence": _mean(jnp.exp(log_q.max(-1)), weight),
-            "converged": (progress > 0) & (change < s.tolerance),
+            "converged": learnt & (change < s.tolerance),
         }
         return params, cluster, info
 
@@ -569,8 +603,10 @@ def _method(s: DiEC, denoiser: Denoiser, spec: DataSpec) -> Method:
     def findings(cluster: Clusters) -> Findings:
         order = np.argsort(cluster.map.timesteps, kind="stable")
         cells, best = cluster.map.cells, int(cluster.map.best)
+        graph = s.start == "graph"
+        started = {"graph_at_cell": np.asarray(cluster.start.values)} if graph else {}
         return Findings(
-            partitions={"kmeans_at_cell": np.asarray(cluster.first.values)},
+            partitions={"kmeans_at_cell": np.asarray(cluster.kmeans.values)} | started,
             figures={
                 "denoising_before": float(cluster.denoising[0]),
                 "denoising_after": float(cluster.denoising[1]),
