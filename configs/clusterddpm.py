@@ -68,6 +68,7 @@ _PAPER = {
     "clip": 1e9,
     "ema": 0.0,
     "mixture_iterations": 100,
+    "start": "likelihood",
     "mixture_restarts": 1,
     "variance_floor": 0.0,
     "balance_iterations": 0,
@@ -90,7 +91,11 @@ _VARIANTS = {
     ),
     "usps": ({"multipliers": (1, 2, 2), "rotate": 8.0}, {"name": "usps"}, {}),
     "images": (_LARGE | {"flip": True}, {"name": "array"}, {}),
-    "vectors": ({"width": 256, "noise": 0.2, "balance_iterations": 0}, {"name": "array"}, {}),
+    "vectors": (
+        {"width": 256, "noise": 0.2, "balance_iterations": 0, "start": "likelihood"},
+        {"name": "array"},
+        {},
+    ),
     "paper": (_PAPER, {"name": "mnist"}, {"batch_size": 128}),
 }
 VARIANTS = tuple(_VARIANTS)

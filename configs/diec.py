@@ -59,6 +59,7 @@ _PHOTOS = {
 # not known of it (pooling among it) is the reflex choice. See docs/diec.md for what that costs.
 _PAPER = _LARGE | {
     "layer": "middle",
+    "start": "kmeans",
     "strategy": "golden",
     "score": "chi",
     "largest_timestep": 1.0,
@@ -79,7 +80,11 @@ _VARIANTS = {
     "fashion": (_LARGE, {"name": "fashion-mnist"}, {"batch_size": 256}),
     "cifar10": (_PHOTOS, {"name": "cifar10"}, {"batch_size": 256}),
     "images": ({"width": 32}, {"name": "array"}, {}),
-    "vectors": ({"width": 256, "pretrain_rate": 1e-3}, {"name": "array"}, {}),
+    "vectors": (
+        {"width": 256, "pretrain_rate": 1e-3, "start": "kmeans"},
+        {"name": "array"},
+        {},
+    ),
     "paper": (_PAPER, {"name": "mnist"}, {"batch_size": 256}),
 }
 VARIANTS = tuple(_VARIANTS)

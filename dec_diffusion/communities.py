@@ -54,11 +54,13 @@ class Graph:
     """Weighted neighbours of every example.
 
     Attributes:
-        neighbours: int32 [n, g], as row numbers.
+        anchors: int32 [a], the examples among which neighbours are, by their row numbers.
+        neighbours: int32 [n, g], as places among the anchors.
         similarity: s, [n, g]; every row sums to 1.
         weight: of each example, 0 for padding.
     """
 
+    anchors: Int[Array, " a"]
     neighbours: Int[Array, "n g"]
     similarity: Float[Array, "n g"]
     weight: Float[Array, " n"]
@@ -100,7 +102,7 @@ def partition(
     near = max(1, min(neighbours, anchors.shape[0] // 5))
     points = spread.Table(x, x.shape[0]).take(anchors)
     places, similarity = targets.neighbour_graph(x, near, weight=weight, among=(points, anchors))
-    graph = Graph(anchors[places], similarity, weight)
+    graph = Graph(anchors, places, similarity, weight)
     pieces = max(k, min(_PIECES * k, _MOST_PIECES, anchors.shape[0] // _SMALLEST))
     return _best(key, x, graph, k, pieces, restarts)
 
@@ -124,25 +126,30 @@ def _best(
 def votes(graph: Graph, labels: Int[Array, " n"], k: int) -> Float[Array, "n k"]:
     """Equation (1)."""
 
-    def of_part(near: Array, similarity: Array, labels: Array) -> Array:
-        theirs = labels[near][..., None] == jnp.arange(k)
-        return jnp.sum(jnp.where(theirs, similarity[..., None], 0.0), axis=1)
+    def of_part(near: Array, similarity: Array, theirs: Array) -> Array:
+        inside = theirs[near][..., None] == jnp.arange(k)
+        return jnp.sum(jnp.where(inside, similarity[..., None], 0.0), axis=1)
 
-    return spread.over_rows(of_part, graph.neighbours, graph.similarity, whole=(labels,))
+    theirs = _of_anchors(graph, labels)
+    return spread.over_rows(of_part, graph.neighbours, graph.similarity, whole=(theirs,))
 
 
 def links(graph: Graph, labels: Int[Array, " n"], k: int) -> Float[Array, "k k"]:
     """Equation (2)."""
 
-    def of_part(near: Array, similarity: Array, weight: Array, own: Array, labels: Array) -> Array:
-        pair = own[:, None] * k + labels[near]
+    def of_part(near: Array, similarity: Array, weight: Array, own: Array, theirs: Array) -> Array:
+        pair = own[:, None] * k + theirs[near]
         return jnp.zeros(k * k).at[pair].add(similarity * weight[:, None])[None]
 
-    sums = spread.over_rows(
-        of_part, graph.neighbours, graph.similarity, graph.weight, labels, whole=(labels,)
-    ).sum(0)
+    rows = graph.neighbours, graph.similarity, graph.weight, labels
+    sums = spread.over_rows(of_part, *rows, whole=(_of_anchors(graph, labels),)).sum(0)
     table = (sums / jnp.maximum(sums.sum(), 1e-30)).reshape(k, k)
     return 0.5 * (table + table.T)
+
+
+def _of_anchors(graph: Graph, labels: Int[Array, " n"]) -> Int[Array, " a"]:
+    """All of the labels that have to travel."""
+    return spread.Table(labels, labels.shape[0]).take(graph.anchors)
 
 
 def modularity(links: Float[Array, "k k"]) -> Float[Array, ""]:

@@ -35,6 +35,7 @@ METHODS = {
         steps=STEPS,
         mixture_iterations=5,
         mixture_restarts=2,
+        anchors=100,
         learning_rate=1e-4,
     ),
     "diec": DiEC(

@@ -33,7 +33,12 @@ PATTERN = re.compile(
 )
 
 def collectives(compiled):
-    return Counter((kind, shape) for shape, kind in PATTERN.findall(compiled.as_text()))
+    # Some are joined, in no particular order.
+    return Counter(
+        (kind, one)
+        for shapes, kind in PATTERN.findall(compiled.as_text())
+        for one in re.findall(r"\\w+\\[[^]]*\\]", shapes)
+    )
 
 def of(name, n):
     method = layouts.METHODS[name].build(DataSpec((8,), n))

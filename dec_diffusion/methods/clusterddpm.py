@@ -44,8 +44,6 @@ from dec_diffusion.types import (
     PRNGKeyArray,
 )
 
-_ANCHORS = 2**16  # examples among which neighbours are looked for
-
 
 @dataclasses.dataclass
 class ClusterDDPM:
@@ -96,7 +94,9 @@ class ClusterDDPM:
         ema: decay of the averaged weights.
         mixture_iterations: EM iterations of the mixture per E-step.
         start: the first mixture: of the ``graph``, from the communities of the neighbour graph of
-            the latents, or the one of highest ``likelihood`` among several starts.
+            the latents, or the one of highest ``likelihood``, which suits groups of very
+            different sizes better; among several starts.
+        anchors: examples among which neighbours are looked for: all, or as many drawn from more.
         mixture_restarts: how many starts.
         variance_floor: lowest variance of a component, in units of the pooled variance.
         weight_prior: Dirichlet parameter of the mixture's weights; 1 is none.
@@ -147,6 +147,7 @@ class ClusterDDPM:
     ema: float = 0.99
     mixture_iterations: int = 20
     start: Literal["graph", "likelihood"] = "graph"
+    anchors: int = 65536
     mixture_restarts: int = 20
     variance_floor: float = 1e-2
     weight_prior: float = 1.0
@@ -400,8 +401,11 @@ def _method(
     ) -> tuple[Params, Mixture, Metrics]:
         mean, variance = features
         if s.start == "graph":
-            anchors = jnp.asarray(communities.some(spec.num_examples, _ANCHORS), jnp.int32)
-            groups = communities.partition(key, mean, k, weight=weight, anchors=anchors)
+            anchors = jnp.asarray(communities.some(spec.num_examples, s.anchors), jnp.int32)
+            groups = communities.partition(
+                key, mean, k, weight=weight, anchors=anchors, restarts=s.mixture_restarts
+            )
+            # Empty groups, of which there are none but in data that repeat, would stay at 0.
             centers = jnp.zeros((k, s.latent))
             mixture = gmm.of_groups(groups.labels, centers, mean, variance, weight=weight, **guards)
             return params, mixture, {"modularity": groups.modularity}
@@ -494,7 +498,7 @@ def _levels(s: ClusterDDPM, grid: Schedule, noise: Noise) -> Float[Array, " step
 def _check(s: ClusterDDPM) -> None:
     counts = (
         "latent width num_steps pretrain_iterations em_iterations mixture_iterations"
-        " mixture_restarts sample_steps"
+        " anchors mixture_restarts sample_steps"
     )
     sizes = (
         "encoder_blocks pretrain_kl kl_weight rotate shift scale shear noise steps"
