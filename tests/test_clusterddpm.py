@@ -323,6 +323,30 @@ def test_mixture_is_fitted_to_everything_and_padding_has_no_effect():
     assert 0 < info["smallest_weight"] <= info["largest_weight"] < 1
 
 
+@pytest.mark.parametrize("start", ["graph", "likelihood"])
+def test_the_first_mixture_has_the_moments_of_the_groups(start: str):
+    rng = np.random.default_rng(0)
+    truth = rng.integers(0, 3, 120)
+    mean = (5 * np.eye(3)[truth] + 0.5 * rng.normal(size=(120, 3))).astype(np.float32)
+    variance = np.full((120, 3), 0.1, np.float32)
+    method = ClusterDDPM(**TINY, start=start).build(DataSpec((8, 8, 1), 120))
+    stage = method.phases["em"].begin
+    assert stage is not None
+    empty = gmm.Mixture(jnp.zeros(3), jnp.zeros((3, 3)), jnp.ones((3, 3)))
+    padded = [np.concatenate([a, np.full((8, 3), 1e3, np.float32)]) for a in (mean, variance)]
+    weight = jnp.asarray(np.arange(128) < 120, jnp.float32)
+    key = jax.random.key(2)
+    _, found, info = stage.update({}, empty, tuple(map(jnp.asarray, padded)), weight, key, 0.0)
+    name = {"graph": "modularity", "likelihood": "mixture_log_likelihood"}[start]
+    assert set(info) == {name}
+    order = np.asarray(found.means).argmax(1).argsort()
+    for c, i in enumerate(order):
+        own = mean[truth == c]
+        np.testing.assert_allclose(found.means[i], own.mean(0), atol=1e-3)
+        np.testing.assert_allclose(found.covariance[i], own.var(0) + 0.1, rtol=1e-2)
+        assert float(jnp.exp(found.log_weights[i])) == pytest.approx(len(own) / 120, abs=1e-3)
+
+
 def test_the_first_e_steps_balance_the_components():
     settings = {**TINY, "balance_iterations": 2, "em_iterations": 3}
     method = ClusterDDPM(**settings).build(DataSpec((8, 8, 1), 40))
