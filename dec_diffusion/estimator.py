@@ -397,7 +397,9 @@ class ClusterDDPM(_Estimator):
     _kinds: ClassVar[Mapping[str, Kind]] = {
         "small": Kind({}, 96),
         "images": Kind({"width": 8, "multipliers": (1, 2, 2), "encoder_blocks": 0}, 128),
-        "vectors": Kind({"width": 256, "noise": 0.2, "balance_iterations": 0}, 128),
+        "vectors": Kind(
+            {"width": 256, "noise": 0.2, "balance_iterations": 0, "start": "likelihood"}, 128
+        ),
     }
 
     def _converged(self, settings: Any, history: list[dict[str, Any]]) -> bool:
@@ -528,7 +530,7 @@ class DiEC(_Estimator):
     _kinds: ClassVar[Mapping[str, Kind]] = {
         "small": Kind({}, 128),
         "images": Kind({"width": 32}, 128),
-        "vectors": Kind({"width": 256, "pretrain_rate": 1e-3}, 128),
+        "vectors": Kind({"width": 256, "pretrain_rate": 1e-3, "start": "kmeans"}, 128),
     }
 
     def _converged(self, settings: Any, history: list[dict[str, Any]]) -> bool:

@@ -7,9 +7,12 @@
                  axes of a subset, e = A^T (h - mean), of variance 1 if whitened; every e then
                  scaled to the same length.
 (3) search       (l*, t*) by a label-free score of k-means on e; see ``search``.
-(4) map          z = e + W2 silu(W1 norm(e)), W2 zero at first: k-means of e is the start.
+(4) map          z = e + W2 silu(W1 norm(e)), W2 zero at first. The centres mu start as the means
+                 of K groups of e: communities of its neighbour graph, see ``communities``, or
+                 k-means.
 (5) assignment   q_ij ~ (1 + |z_i - mu_j|^2 / alpha)^(-(alpha + 1) / 2), and at intervals, over the
-                 whole data set, the target p_ij ~ q_ij^2 / sum_i q_ij; see ``targets``.
+                 whole data set, the target p_ij ~ q_ij^2 / sum_i q_ij; see ``targets``. At first
+                 the groups of the graph are the target, until the map has learnt them.
 (6) clustering   minimises  KL(p | q) + structure * sum_j s_ij |z_i - z_j|^2 + balance *
                  [log K - H(mean q)] + denoise * (1), with s the adaptive neighbour graph of z,
                  and e of one fresh antithetic pair (or of two, and then + consistency * KL
