@@ -298,23 +298,20 @@ def init(
     Raises:
       InputError: ``k`` is below 1 or above the number of rows, or ``covariance`` is unknown.
     """
-    kmeans.check_clusters(k, mean.shape[0])
+    n, d = mean.shape
+    kmeans.check_clusters(k, n)
     if covariance not in ("diag", "full"):
         raise InputError(f"covariance = {covariance!r} is unknown: choose 'diag' or 'full'")
     weight = _weight(weight, mean)
 
+    unit = jnp.ones((k, d), mean.dtype)
+    unit = unit if covariance == "diag" else unit[:, :, None] * jnp.eye(d, dtype=mean.dtype)
+
     def run(key: PRNGKeyArray) -> FitResult:
         seeds = kmeans.plus_plus(key, mean, weight, k)
         clusters = kmeans.lloyd(mean, seeds, weight, max_iterations=lloyd_iterations)
-        start = of_groups(
-            clusters.labels,
-            clusters.centers,
-            mean,
-            variance,
-            weight=weight,
-            covariance=covariance,
-            **guards,
-        )
+        start = Mixture(jnp.full(k, -math.log(k), mean.dtype), clusters.centers, unit)
+        start = of_groups(clusters.labels, start, mean, variance, weight=weight, **guards)
         return fit(start, mean, variance, weight=weight, iterations=iterations, tol=tol, **guards)
 
     keys = jax.random.split(key, restarts)
@@ -327,23 +324,19 @@ def init(
 
 def of_groups(
     labels: Int[Array, " n"],
-    centers: Float[Array, "k d"],
+    start: Mixture,
     mean: Float[Array, "n d"],
     variance: Float[Array, "n d"] | None = None,
     *,
     weight: Float[Array, " n"] | None = None,
-    covariance: str = "diag",
     **guards: float,
 ) -> Mixture:
-    """The mixture with the moments of these groups; a group without examples stays at its centre.
+    """The mixture with the moments of these groups; one without examples stays as in ``start``.
 
-    ``centers`` need not be exact; ``guards`` are those of ``update``.
+    The means of ``start`` need not be near; ``guards`` are those of ``update``.
     """
-    k, d = centers.shape
     weight = _weight(weight, mean)
-    unit = jnp.ones((k, d), mean.dtype)
-    unit = unit if covariance == "diag" else unit[:, :, None] * jnp.eye(d, dtype=mean.dtype)
-    start = Mixture(jnp.full(k, -math.log(k), mean.dtype), centers, unit)
+    k = start.means.shape[0]
     resp = jax.nn.one_hot(labels, k, dtype=mean.dtype) * weight[:, None]
     moments = _moments(start, resp, mean, variance)
     stats = Statistics(jnp.sum(resp, axis=0), *moments, jnp.zeros(()), jnp.sum(weight))

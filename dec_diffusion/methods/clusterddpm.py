@@ -405,9 +405,7 @@ def _method(
             groups = communities.partition(
                 key, mean, k, weight=weight, anchors=anchors, restarts=s.mixture_restarts
             )
-            # Empty groups, of which there are none but in data that repeat, would stay at 0.
-            centers = jnp.zeros((k, s.latent))
-            mixture = gmm.of_groups(groups.labels, centers, mean, variance, weight=weight, **guards)
+            mixture = gmm.of_groups(groups.labels, cluster, mean, variance, weight=weight, **guards)
             return params, mixture, {"modularity": groups.modularity}
         start = gmm.init(
             key,
