@@ -131,6 +131,8 @@ def fine_tuned(settings):
 
 
 def fixed(timestep, layer="middle", **changes):
+    """One cell, and the start that compiles quickly."""
+    changes = {"start": "kmeans"} | changes
     return dataclasses.replace(TINY, timestep=timestep, layer=layer, **changes)
 
 
@@ -304,9 +306,7 @@ def test_frozen_denoiser_does_not_move():
 
 @pytest.mark.slow
 def test_sinkhorn_targets_and_consistency():
-    settings = fixed(
-        10, start="kmeans", target="sinkhorn", consistency=0.5, pool="average", whiten=False
-    )
+    settings = fixed(10, target="sinkhorn", consistency=0.5, pool="average", whiten=False)
     method, start = entered(settings)
     np.testing.assert_allclose(start.cluster.target.values.mean(0), 1 / K, atol=1e-3)
     state, info = fine_tuned(settings)

@@ -282,6 +282,7 @@ SMALL = {
         "dims": 2,
         "search_restarts": 1,
         "restarts": 2,
+        "start": "kmeans",
     },
 }
 
