@@ -20,8 +20,8 @@ digits      ACC .948 +- .003, NMI .914 +- .005, ARI .894 +- .005; the command ab
 mnist_cpu   seed 0 only: ACC .733, NMI .704, ARI .609 (k-means on pixels .542, .500, .377), about
             340 images a second on one core, 2,000 steps of 128: 14 min 31 s, 1.9 GiB; before
             the first mixture came from the graph
-usps        seed 0 only: ACC .795, NMI .812, ARI .734 (k-means on pixels .668, .627, .545), about
-            9 min on one core
+usps        seed 0 only: ACC .795, NMI .812, ARI .734 (k-means on pixels .668, .627, .545), 14
+            min on one core that other work shared
 the others  not measured: no accelerator was at hand
 """
 

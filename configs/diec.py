@@ -19,7 +19,7 @@ Measured (mean and standard deviation over seeds 0 to 4, no selection, labels fo
 digits      ACC .947 +- .010, NMI .912 +- .011, ARI .889 +- .020; k-means at the chosen cell .920,
             .871. The first run takes 2 min 33 s and 2.0 GiB on two idle cores
 usps        seeds 0 and 1 only: ACC .968 and .807, NMI .917 and .858; k-means at the chosen cell
-            .636 and .756, on the pixels .668; about 18 min on one core that other work shared
+            .636 and .756, on the pixels .668; 33 and 26 min on one core that other work shared
 the others  not measured
 
 A denoiser that is trained already is taken with --config.pretrained=DIR: the workdir of another
