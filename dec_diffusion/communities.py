@@ -143,7 +143,11 @@ def links(graph: Graph, labels: Int[Array, " n"], k: int) -> Float[Array, "k k"]
 
     rows = graph.neighbours, graph.similarity, graph.weight, labels
     sums = spread.over_rows(of_part, *rows, whole=(_of_anchors(graph, labels),)).sum(0)
-    table = (sums / jnp.maximum(sums.sum(), 1e-30)).reshape(k, k)
+    return _shares(sums.reshape(k, k))
+
+
+def _shares(sums: Float[Array, "k k"]) -> Float[Array, "k k"]:
+    table = sums / jnp.maximum(sums.sum(), 1e-30)
     return 0.5 * (table + table.T)
 
 
@@ -189,24 +193,27 @@ def move(key: PRNGKeyArray, graph: Graph, labels: Int[Array, " n"], k: int) -> C
     """
     total = jnp.maximum(graph.weight.sum(), 1e-30)
 
-    def score(labels: Array) -> Array:
-        table = links(graph, labels, k)
-        return jnp.where(table.sum(1).min() > 0, modularity(table), -1.0)
-
-    def step(carry: tuple[Array, Communities], key: PRNGKeyArray) -> Any:
-        labels, best = carry
+    def look(labels: Array) -> tuple[Array, Array]:
+        """Votes and modularity: of few groups, equation (2) follows from (1)."""
         vote = votes(graph, labels, k)
+        member = jax.nn.one_hot(labels, k) * graph.weight[:, None]
+        table = _shares(jnp.matmul(member.T, vote, precision="highest"))
+        return vote, jnp.where(table.sum(1).min() > 0, modularity(table), -1.0)
+
+    def step(carry: tuple[Array, Array, Communities], key: PRNGKeyArray) -> Any:
+        labels, vote, best = carry
         usual = graph.weight @ vote / total
         stay = jnp.where(labels[:, None] == jnp.arange(k), _STAY, 0.0)
         free = jax.random.bernoulli(key, 0.5, labels.shape)
         labels = jnp.where(free, (vote - usual + stay).argmax(1), labels).astype(jnp.int32)
-        value = score(labels)
+        vote, value = look(labels)
         better = value > best.modularity
         best = jax.tree.map(
             lambda new, old: jnp.where(better, new, old), Communities(labels, value), best
         )
-        return (labels, best), None
+        return (labels, vote, best), None
 
     labels = labels.astype(jnp.int32)
-    start = (labels, Communities(labels, score(labels)))
-    return jax.lax.scan(step, start, jax.random.split(key, _MOVES))[0][1]
+    vote, value = look(labels)
+    start = (labels, vote, Communities(labels, value))
+    return jax.lax.scan(step, start, jax.random.split(key, _MOVES))[0][2]
