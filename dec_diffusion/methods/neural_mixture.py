@@ -511,7 +511,9 @@ def _method(s: NeuralMixture, network: Network, spec: DataSpec) -> Method:
 
     def predict(params: Params, cluster: Heads, batch: Batch, key: PRNGKeyArray) -> Array:
         log_joint = best_joint(params, cluster, batch)
-        return jax.nn.log_softmax(log_joint / cluster.temperature[cluster.best], axis=-1)
+        # Divided by a low temperature, the largest would be rounded as the large number it is.
+        below = log_joint - log_joint.max(-1, keepdims=True)
+        return jax.nn.log_softmax(below / cluster.temperature[cluster.best], axis=-1)
 
     def score(params: Params, cluster: Heads, batch: Batch, key: PRNGKeyArray) -> Array:
         """log sum_k pi_k p_ik, the log-likelihood against the data measure."""
