@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dec_diffusion import command, engine, metrics, train, trained
+from dec_diffusion import command, communities, engine, metrics, train, trained
 from dec_diffusion.config import Config, TrainConfig
 from dec_diffusion.data import DataConfig
 from dec_diffusion.features import pooled
@@ -205,6 +205,23 @@ def test_features_depend_on_nothing_but_the_example():
 # -- fine-tuning --
 
 
+def test_the_first_groups_are_those_of_all_layers_side_by_side(monkeypatch):
+    seen = []
+
+    def partition(key, x, k, **options):
+        seen.append(x.shape)
+        return communities.Communities(jnp.zeros(len(x), jnp.int32), jnp.float32(0))
+
+    monkeypatch.setattr("dec_diffusion.methods.diec.communities.partition", partition)
+    for settings in (TINY, dataclasses.replace(TINY, start="kmeans"), fixed(25, start="graph")):
+        method = build(settings)
+        state, begin = fresh(method), method.phases["cluster"].begin
+        jax.eval_shape(
+            begin.update, state.params, state.cluster, X, jnp.ones(N), KEY, jnp.float32(0)
+        )
+    assert seen == [(N, 5 * TINY.dims)] * 2
+
+
 def test_first_assignment_is_that_of_kmeans_bit_for_bit():
     method, state = entered(dataclasses.replace(TINY, start="kmeans"))
     z = method.embed(state.ema_params, state.cluster, WHOLE, KEY)
@@ -226,7 +243,7 @@ def test_the_groups_of_the_graph_are_the_first_target_and_their_means_the_centre
     means = np.stack([e[groups == c].mean(0) for c in range(K)])
     np.testing.assert_allclose(state.params["centers"], means, atol=1e-4)
     found = method.findings(state.cluster).partitions
-    np.testing.assert_array_equal(found["graph_at_cell"], groups)
+    np.testing.assert_array_equal(found["graph_at_timestep"], groups)
     np.testing.assert_array_equal(found["kmeans_at_cell"], state.cluster.kmeans.values)
     # Past its first third, training teaches itself.
     refresh = method.phases["cluster"].refresh

@@ -8,8 +8,8 @@
                  scaled to the same length.
 (3) search       (l*, t*) by a label-free score of k-means on e; see ``search``.
 (4) map          z = e + W2 silu(W1 norm(e)), W2 zero at first. The centres mu start as the means
-                 of K groups of e: communities of its neighbour graph, see ``communities``, or
-                 k-means.
+                 of K groups: the communities of the neighbour graph of all layers at t*, their e
+                 side by side, see ``communities``; or k-means on e.
 (5) assignment   q_ij ~ (1 + |z_i - mu_j|^2 / alpha)^(-(alpha + 1) / 2), and at intervals, over the
                  whole data set, the target p_ij ~ q_ij^2 / sum_i q_ij; see ``targets``. At first
                  the groups of the graph are the target, until the map has learnt them.
@@ -26,6 +26,7 @@ Maaten 2009, "Learning a parametric embedding by preserving local structure". Se
 """
 
 import dataclasses
+import functools
 from typing import Any, ClassVar, Literal
 
 import jax
@@ -109,8 +110,8 @@ class DiEC:
         search_restarts: of k-means in every cell of the search.
         restarts: of k-means, and of the groups below, on all the data at the chosen cell.
         start: the partition that training begins with: ``graph``, the communities of the
-            neighbour graph at the chosen cell, or ``kmeans``, which suits groups of very
-            different sizes better.
+            neighbour graph of all layers at the chosen timestep, or ``kmeans`` at the chosen
+            cell, which suits groups of very different sizes better.
         frozen: train only the residual map and the centres, on features computed once.
         iterations: of the second phase; each ends with new targets.
         steps: gradient steps per iteration; 0 is one pass over the data.
@@ -296,14 +297,10 @@ def _method(s: DiEC, denoiser: Denoiser, spec: DataSpec) -> Method:
     def level(timestep: Array, b: int) -> Array:
         return jnp.full(b, grid.log_snr[timestep])
 
-    def at_cell(params: Params, x: Array, timestep: Array, layer: Array) -> Array:
-        """h of equation (2), [b, width]."""
-        return features.halves(extract, params["denoiser"], x, timestep, layer).mean(0)
-
     def projected(params: Params, cluster: Clusters, x: Array) -> Array:
         """e of equation (2), [b, d]."""
-        h = at_cell(params, x, cluster.timestep, cluster.layer)
-        return search.project(cluster.projection, h, unit=s.unit)
+        h = features.halves(extract, params["denoiser"], x, cluster.timestep, cluster.layer)
+        return search.project(cluster.projection, h.mean(0), unit=s.unit)
 
     def assign(params: Params, e: Array) -> tuple[Array, Array]:
         """z and log q, equations (4) and (5)."""
@@ -365,7 +362,7 @@ def _method(s: DiEC, denoiser: Denoiser, spec: DataSpec) -> Method:
         loss = _mean(error(goal, out), trained(batch))
         return loss, (cluster, {"denoising": loss})
 
-    # -- search, equation (3) --
+    # -- search, equations (2) and (3) --
 
     def images(params: Params, cluster: Clusters, batch: Batch, key: PRNGKeyArray) -> Array:
         return batch["image"]
@@ -392,17 +389,15 @@ def _method(s: DiEC, denoiser: Denoiser, spec: DataSpec) -> Method:
         best, layer = jnp.unravel_index(value.argmax(), value.shape)
         layer, timestep = layer.astype(jnp.int32), timesteps[best]
 
-        h = features.in_blocks(lambda block: at_cell(params, block, timestep, layer), x)
-        projection = search.principal(axes_key, Table(h, n).take(examples), d)
-        projection = search.whiten(projection) if s.whiten else projection
-        e = search.project(projection, h, unit=s.unit)
+        projections, everywhere = all_projected(params, x, timestep, examples, axes_key)
+        projection, e = jax.tree.map(lambda leaf: leaf[layer], (projections, everywhere))
         found = kmeans(kmeans_key, e, k, weight=weight, restarts=s.restarts, max_iterations=100)
         labels, centers = found.labels.astype(jnp.int32), found.centers
         start = labels
         if s.start == "graph":
             start = communities.partition(
                 graph_key,
-                e,
+                jnp.moveaxis(everywhere, 0, 1).reshape(x.shape[0], -1),
                 k,
                 weight=weight,
                 anchors=jnp.asarray(anchors, jnp.int32),
@@ -423,6 +418,25 @@ def _method(s: DiEC, denoiser: Denoiser, spec: DataSpec) -> Method:
             map=SearchMap(timesteps, cells, agreed, value, examples, best.astype(jnp.int32)),
         )
         return {**params, "centers": centers}, cluster, {}
+
+    def all_projected(
+        params: Params, x: Array, timestep: Array, examples: Array, key: PRNGKeyArray
+    ) -> tuple[Projection, Array]:
+        """Projections of all layers and what they make of x, e, [layers, n, d]."""
+
+        def fit(h: Array) -> Projection:
+            found = search.principal(key, h, d)
+            return search.whiten(found) if s.whiten else found
+
+        def at_timestep(block: Array) -> Array:
+            return features.halves(extract, params["denoiser"], block, timestep).mean(0)
+
+        def project(block: Array) -> Array:
+            apply = functools.partial(search.project, unit=s.unit)
+            return jax.vmap(apply)(projections, at_timestep(block))
+
+        projections = jax.vmap(fit)(features.in_blocks(at_timestep, Table(x, n).take(examples)))
+        return projections, features.in_blocks(project, x)
 
     def compare(cells: Cell) -> tuple[Array, Array]:
         """The consensus of cells, and by what they are compared; of one layer if one is given."""
@@ -607,7 +621,7 @@ def _method(s: DiEC, denoiser: Denoiser, spec: DataSpec) -> Method:
         order = np.argsort(cluster.map.timesteps, kind="stable")
         cells, best = cluster.map.cells, int(cluster.map.best)
         graph = s.start == "graph"
-        started = {"graph_at_cell": np.asarray(cluster.start.values)} if graph else {}
+        started = {"graph_at_timestep": np.asarray(cluster.start.values)} if graph else {}
         return Findings(
             partitions={"kmeans_at_cell": np.asarray(cluster.kmeans.values)} | started,
             figures={

@@ -14,7 +14,7 @@ _BASELINES = {
     "kmeans_latents": "k-means on the learned features",
     "gmm_latents": "Gaussian mixture on the learned features",
     "kmeans_at_cell": "k-means on the features found by the search, before fine-tuning",
-    "graph_at_cell": "communities of the neighbour graph of those features, before fine-tuning",
+    "graph_at_timestep": "communities of the neighbour graph of all layers, before fine-tuning",
 }
 
 
