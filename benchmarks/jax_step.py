@@ -114,9 +114,9 @@ class Worker:
             "prediction": prediction,
             "loss": loss,
             "kl_weight": metrics["kl_weight"],
-            "mixture/log_weights": cluster.log_weights,
-            "mixture/means": cluster.means,
-            "mixture/variances": cluster.covariance,
+            "mixture/log_weights": cluster.mixture.log_weights,
+            "mixture/means": cluster.mixture.means,
+            "mixture/variances": cluster.mixture.covariance,
             **_flatten("params", self.state.params),
             **_flatten("grads", grads),
         }
@@ -211,14 +211,18 @@ def _initialise(method: Any, batch: Any, latent: int) -> tuple[Any, Any]:
         value = (name == "scale") + std * random.standard_normal(leaf.shape)
         return jnp.asarray(value, leaf.dtype)
 
-    shapes, _ = jax.eval_shape(method.init, jax.random.key(0), batch)
+    shapes, clusters = jax.eval_shape(method.init, jax.random.key(0), batch)
+    # No groups: these settings begin with none.
+    clusters = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), clusters)
     log_weights = random.standard_normal(NUM_CLUSTERS)
     log_weights -= np.log(np.exp(log_weights).sum())
     means, log_variances = random.standard_normal((2, NUM_CLUSTERS, latent))
     mixture = [log_weights, means, np.exp(0.5 * log_variances)]
     return (
         jax.tree_util.tree_map_with_path(draw, shapes),
-        Mixture(*(jnp.asarray(part, jnp.float32) for part in mixture)),
+        dataclasses.replace(
+            clusters, mixture=Mixture(*(jnp.asarray(part, jnp.float32) for part in mixture))
+        ),
     )
 
 

@@ -406,7 +406,7 @@ class ClusterDDPM(_Estimator):
         return _settled(history, "mixture_log_likelihood")
 
     def _centers(self, run: Run, assignment: evaluate.Assignment | None) -> np.ndarray:
-        return np.asarray(run.state.cluster.means)
+        return np.asarray(run.state.cluster.mixture.means)
 
     def score_samples(self, X: ArrayLike) -> np.ndarray:
         """log sum_c pi_c exp(E_q log N_c(z)), float64 [n], in nats.

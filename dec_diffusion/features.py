@@ -125,6 +125,19 @@ def halves(
     return h.swapaxes(0, 1) if layer is None else h[layer]
 
 
+def sketches(
+    f: Features, params: Params, x: Float[Array, "b *s"], timestep: Int[Array, ""], size: int
+) -> Float[Array, "layers b size"]:
+    """Equation (2) of all layers, each along ``size`` fixed random directions.
+
+    Distances are kept up to a relative error of about sqrt(2 / size) (Johnson and Lindenstrauss
+    1984), and little enough to be held of all examples while the principal axes are found.
+    """
+    h = halves(f, params, x, timestep).mean(0)
+    directions = jax.random.normal(jax.random.key(1), (len(f.layers), f.width, size))
+    return h @ (directions * size**-0.5)
+
+
 def in_blocks(
     function: Callable[[Array], Array], x: Float[Array, "n *s"], *, size: int = 256
 ) -> Float[Array, "... n w"]:

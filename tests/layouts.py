@@ -106,7 +106,7 @@ def statistics(name: str, state: engine.TrainState) -> list[jax.Array]:
     """What the closed-form part of a method found."""
     found = state.cluster
     if name == "clusterddpm":
-        return [found.log_weights, found.means, found.covariance]
+        return [found.mixture.log_weights, found.mixture.means, found.mixture.covariance]
     if name == "diec":
         return [found.anchors, found.target.values, state.ema_params["centers"]]
     # Not the means of the scores: they shift with a bias that no loss depends on, and that only

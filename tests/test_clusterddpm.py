@@ -8,13 +8,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from scipy.spatial.distance import pdist
 from scipy.special import logsumexp
 from scipy.stats import multivariate_normal
+from sklearn.metrics import adjusted_rand_score
 
-from dec_diffusion import engine, gmm
+from dec_diffusion import engine, features, gmm, schedule
 from dec_diffusion.method import DataSpec
 from dec_diffusion.methods import clusterddpm
 from dec_diffusion.methods.clusterddpm import ClusterDDPM
+from dec_diffusion.networks import denoiser_network
+from dec_diffusion.spread import Table
 from dec_diffusion.types import InputError
 
 TINY = {
@@ -29,6 +33,10 @@ TINY = {
     "em_iterations": 2,
     "sample_steps": 4,
 }
+
+
+def begun(mixture: gmm.Mixture, groups=(0,) * 40) -> clusterddpm.Clusters:
+    return clusterddpm.Clusters(mixture, Table(jnp.asarray(groups, jnp.int32), len(groups)))
 
 
 def problem(k=5, d=6, n=7, seed=0):
@@ -198,6 +206,7 @@ def examples(n=40, shape=(8, 8, 1), seed=0):
 
 VARIANTS = {
     "default": ((8, 8, 1), {}),
+    "layers": ((8, 8, 1), {"start": "layers"}),
     "colour, odd size, attention": ((7, 5, 3), {"multipliers": (1, 2), "attention": (1,)}),
     "bfloat16": ((8, 8, 1), {"dtype": "bfloat16"}),
     "no views": ((8, 8, 1), {"rotate": 0.0, "shift": 0.0, "scale": 0.0, "shear": 0.0}),
@@ -226,7 +235,7 @@ VARIANTS = {
     "name",
     [
         name
-        if name in ("default", "as the official code", "vectors")
+        if name in ("default", "layers", "as the official code", "vectors")
         else pytest.param(name, marks=pytest.mark.slow)
         for name in VARIANTS
     ],
@@ -313,7 +322,7 @@ def test_mixture_is_fitted_to_everything_and_padding_has_no_effect():
     rng = np.random.default_rng(0)
     mean = jnp.asarray(rng.normal(size=(40, 3)), jnp.float32)
     variance = jnp.full((40, 3), 0.1)
-    start = gmm.Mixture(jnp.log(jnp.full(3, 1 / 3)), mean[:3], jnp.ones((3, 3)))
+    start = begun(gmm.Mixture(jnp.log(jnp.full(3, 1 / 3)), mean[:3], jnp.ones((3, 3))))
     padded = jnp.concatenate([mean, 1e3 * jnp.ones((9, 3))]), jnp.ones((49, 3))
     weight = jnp.concatenate([jnp.ones(40), jnp.zeros(9)])
     _, one, info = stage.update({}, start, (mean, variance), jnp.ones(40), key, 1.0)
@@ -323,22 +332,31 @@ def test_mixture_is_fitted_to_everything_and_padding_has_no_effect():
     assert 0 < info["smallest_weight"] <= info["largest_weight"] < 1
 
 
-@pytest.mark.parametrize("start", ["graph", "likelihood"])
+@pytest.mark.parametrize("start", ["graph", "layers", "likelihood"])
 def test_the_first_mixture_has_the_moments_of_the_groups(start: str):
     rng = np.random.default_rng(0)
     truth = rng.integers(0, 3, 120)
-    mean = (5 * np.eye(3)[truth] + 0.5 * rng.normal(size=(120, 3))).astype(np.float32)
+    # Where the denoiser's layers are looked at the latents overlap.
+    apart = 0.5 if start == "layers" else 5.0
+    mean = (apart * np.eye(3)[truth] + 0.5 * rng.normal(size=(120, 3))).astype(np.float32)
     variance = np.full((120, 3), 0.1, np.float32)
+    layers = np.stack([5 * np.eye(4)[truth], 5 * np.eye(4)[(truth + 1) % 3]], 1)
+    layers += 0.5 * rng.normal(size=layers.shape)
     method = ClusterDDPM(**TINY, start=start).build(DataSpec((8, 8, 1), 120))
     stage = method.phases["em"].begin
     assert stage is not None
-    empty = gmm.Mixture(jnp.zeros(3), jnp.zeros((3, 3)), jnp.ones((3, 3)))
-    padded = [np.concatenate([a, np.full((8, 3), 1e3, np.float32)]) for a in (mean, variance)]
+    empty = begun(gmm.Mixture(jnp.zeros(3), jnp.zeros((3, 3)), jnp.ones((3, 3))), np.zeros(120))
+
+    def padded(a: np.ndarray) -> jax.Array:
+        return jnp.asarray(np.concatenate([a, np.full((8, *a.shape[1:]), 1e3)]), jnp.float32)
+
+    seen = (padded(mean), padded(variance)), padded(layers) if start == "layers" else ()
     weight = jnp.asarray(np.arange(128) < 120, jnp.float32)
-    key = jax.random.key(2)
-    _, found, info = stage.update({}, empty, tuple(map(jnp.asarray, padded)), weight, key, 0.0)
-    name = {"graph": "modularity", "likelihood": "mixture_log_likelihood"}[start]
-    assert set(info) == {name}
+    _, found, info = stage.update({}, empty, seen, weight, jax.random.key(2), 0.0)
+    assert set(info) == {"mixture_log_likelihood" if start == "likelihood" else "modularity"}
+    if start == "layers":
+        assert adjusted_rand_score(found.start.values, truth) == 1
+    found = found.mixture
     order = np.asarray(found.means).argmax(1).argsort()
     for c, i in enumerate(order):
         own = mean[truth == c]
@@ -347,15 +365,82 @@ def test_the_first_mixture_has_the_moments_of_the_groups(start: str):
         assert float(jnp.exp(found.log_weights[i])) == pytest.approx(len(own) / 120, abs=1e-3)
 
 
+def test_the_groups_of_the_graph_are_held_until_the_latents_have_learnt_them():
+    rng = np.random.default_rng(0)
+    n, groups = 40, rng.integers(0, 3, 40)
+    mean, variance = jnp.asarray(rng.normal(size=(n, 3)), jnp.float32), jnp.full((n, 3), 0.1)
+    log_weights = jnp.log(jnp.asarray([0.5, 0.3, 0.2]))
+    cluster = begun(gmm.Mixture(log_weights, mean[:3], jnp.ones((3, 3))), groups)
+    settings = {**TINY, "start": "layers", "kl_warmup": 0.0}
+    method = ClusterDDPM(**settings).build(DataSpec((8, 8, 1), n))
+    refresh = method.phases["em"].refresh
+    assert refresh is not None
+
+    def after(progress: float) -> clusterddpm.Clusters:
+        seen = mean, variance
+        return refresh.update({}, cluster, seen, jnp.ones(n), jax.random.key(0), progress)[1]
+
+    held, free = after(0.2), after(0.4)
+    for c in range(3):
+        np.testing.assert_allclose(
+            held.mixture.means[c], np.asarray(mean)[groups == c].mean(0), atol=1e-5
+        )
+    assert np.abs(free.mixture.means - held.mixture.means).max() > 0.1
+    np.testing.assert_array_equal(free.start.values, groups)
+    # The loss draws posteriors to their own component first, to the mixture later.
+    batch = engine.fetch_resident(examples())(jnp.arange(16))
+    params, _ = method.init(jax.random.key(1), batch)
+    loss = jax.jit(method.phases["em"].loss)
+    kls = [
+        float(loss(params, cluster, batch, jax.random.key(2), progress)[1][1]["kl"])
+        for progress in (0.2, 0.4)
+    ]
+    assert kls[0] > kls[1] + 0.1
+
+
+def test_layers_are_sketched_without_the_latent_and_by_the_example_alone():
+    x = jax.random.normal(jax.random.key(0), (40, 8, 8, 1))
+    batch = {"image": x, "index": jnp.arange(40), "weight": jnp.ones(40)}
+    method = ClusterDDPM(**TINY, start="layers").build(DataSpec((8, 8, 1), 40))
+    stage = method.phases["em"].begin
+    assert stage is not None
+    params, cluster = method.init(jax.random.key(1), batch)
+    collect = jax.jit(stage.collect)
+    (mean, _), layers = collect(params, cluster, batch, jax.random.key(2))
+    assert layers.shape == (40, 3, 64)
+    part = jax.tree.map(lambda a: a[5:9], batch)
+    np.testing.assert_allclose(
+        collect(params, cluster, part, jax.random.key(3))[1], layers[5:9], atol=1e-4
+    )
+    other = {**params, "encoder": jax.tree.map(lambda a: a + 0.1, params["encoder"])}
+    (moved, _), same = collect(other, cluster, batch, jax.random.key(2))
+    assert np.abs(moved - mean).max() > 1e-3
+    np.testing.assert_array_equal(same, layers)
+
+
+def test_sketches_keep_distances():
+    denoiser = features.Denoiser(
+        denoiser_network((8, 8, 1), width=4, multipliers=(1, 2)), schedule.cosine(100), "v"
+    )
+    extract = features.describe(denoiser, (8, 8, 1), pool="layout", draws=2)
+    x = jax.random.normal(jax.random.key(0), (30, 8, 8, 1))
+    params, t = denoiser.network.init(jax.random.key(1), x, jnp.zeros(30)), jnp.int32(40)
+    h = np.asarray(features.halves(extract, params, x, t).mean(0))
+    sketch = np.asarray(features.sketches(extract, params, x, t, 64))
+    for one, short in zip(h, sketch, strict=True):
+        ratio = pdist(short, "sqeuclidean") / pdist(one, "sqeuclidean")
+        assert 0.75 < ratio.mean() < 1.25 and ratio.min() > 0.2 and ratio.max() < 2.5
+
+
 def test_the_first_e_steps_balance_the_components():
-    settings = {**TINY, "balance_iterations": 2, "em_iterations": 3}
+    settings = {**TINY, "balance_iterations": 2, "em_iterations": 3, "start": "likelihood"}
     method = ClusterDDPM(**settings).build(DataSpec((8, 8, 1), 40))
     assert list(method.phases) == ["pretrain", "em"] and method.phases["em"].iterations == 5
     stage = method.phases["em"].refresh
     assert stage is not None
     key = jax.random.key(1)
     mean = jnp.asarray(np.random.default_rng(0).normal(size=(40, 3)), jnp.float32)
-    start = gmm.Mixture(jnp.log(jnp.full(3, 1 / 3)), mean[:3], jnp.ones((3, 3)))
+    start = begun(gmm.Mixture(jnp.log(jnp.full(3, 1 / 3)), mean[:3], jnp.ones((3, 3))))
     update = jax.jit(stage.update)
     spread = []
     for iteration in range(6):
@@ -382,3 +467,9 @@ def test_the_first_e_steps_balance_the_components():
 def test_bad_settings_are_named(settings, named):
     with pytest.raises(InputError, match=named):
         ClusterDDPM(**settings).build(DataSpec((8, 8, 1), 100))
+
+
+def test_layers_need_a_network_that_shows_them():
+    for shape, network in (((6,), "unet"), ((28, 28, 1), "official")):
+        with pytest.raises(InputError, match="start=layers: needs images"):
+            ClusterDDPM(start="layers", network=network).build(DataSpec(shape, 100))

@@ -250,7 +250,7 @@ def test_the_score_of_clusterddpm_is_what_its_last_e_step_maximised():
     model = fitted(ClusterDDPM, "points")
     last = model.history_[-1]["mixture_log_likelihood"]
     assert model.score(POINTS) == pytest.approx(last, rel=1e-4)
-    np.testing.assert_array_equal(model.cluster_centers_, model._run.state.cluster.means)
+    np.testing.assert_array_equal(model.cluster_centers_, model._run.state.cluster.mixture.means)
 
 
 def test_the_density_of_a_neural_mixture_integrates_to_one():

@@ -14,6 +14,8 @@ Encoder    q(z|x) = N(m(x), diag v(x))
 (5) weight   w = kl_weight / sum_t w_t, w_t the weights of the diffusion bound: at kl_weight 1
              the loss is proportional to the negative ELBO with its weights averaged.
 (6) sample   c, then z ~ N(mu_c, temperature^2 s_c^2), then x by guided DDIM.
+(7) start    the first mixture has the moments of K groups found without labels; those of the
+             denoiser's layers are also g of (3) and the responsibilities of (1) at first.
 
 Sources: the abstract (EM, conditional DDPM, KL to the mixture), the official code (main.py of
 Jarvisyan/ClusterDDPM-pytorch at 2d4c950) for everything else about the method; deviations and
@@ -28,11 +30,23 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from dec_diffusion import communities, gmm, optimiser, parts, sampling, schedule, views
+from dec_diffusion import (
+    communities,
+    features,
+    gmm,
+    optimiser,
+    parts,
+    sampling,
+    schedule,
+    search,
+    spread,
+    views,
+)
 from dec_diffusion.gmm import Mixture
 from dec_diffusion.method import DataSpec, EStage, Method, Phase, Rule, check_settings
 from dec_diffusion.networks import Network, clusterddpm_networks
 from dec_diffusion.schedule import Prediction, Schedule
+from dec_diffusion.spread import Table
 from dec_diffusion.types import (
     Array,
     Batch,
@@ -42,7 +56,11 @@ from dec_diffusion.types import (
     Metrics,
     Params,
     PRNGKeyArray,
+    pytree,
 )
+
+_LEARN_START = 0.3  # part of the EM phase in which the graph's groups are the responsibilities
+_SKETCH, _AXES = 64, 24  # directions, and principal axes in them, of each of the denoiser's layers
 
 
 @dataclasses.dataclass
@@ -94,8 +112,10 @@ class ClusterDDPM:
         ema: decay of the averaged weights.
         mixture_iterations: EM iterations of the mixture per E-step.
         start: the first mixture: of the ``graph``, from the communities of the neighbour graph of
-            the latents, or the one of highest ``likelihood``, which suits groups of very
-            different sizes better; among several starts.
+            the latents; of the ``layers``, from those of all of the denoiser's layers side by
+            side, which are then the responsibilities until 30% of the EM phase are over; or the
+            one of highest ``likelihood``, which suits groups of very different sizes better;
+            among several starts.
         anchors: examples among which neighbours are looked for: all, or as many drawn from more.
         mixture_restarts: how many starts.
         variance_floor: lowest variance of a component, in units of the pooled variance.
@@ -146,7 +166,7 @@ class ClusterDDPM:
     clip: float = 1000.0
     ema: float = 0.99
     mixture_iterations: int = 20
-    start: Literal["graph", "likelihood"] = "graph"
+    start: Literal["graph", "layers", "likelihood"] = "graph"
     anchors: int = 65536
     mixture_restarts: int = 20
     variance_floor: float = 1e-2
@@ -164,6 +184,11 @@ class ClusterDDPM:
             InputError: a setting is out of range; names it and the remedy.
         """
         _check(self)
+        if self.start == "layers" and not (self.network == "unet" and spec.is_image):
+            raise InputError(
+                "--config.method.start=layers: needs images and --config.method.network=unet; "
+                "choose start=graph"
+            )
         encoder, denoiser = clusterddpm_networks(
             self.network,
             spec.shape,
@@ -177,6 +202,19 @@ class ClusterDDPM:
         )
         noise = Noise(log_snr_mean(self, spec), self.log_snr_std)
         return _method(self, encoder, denoiser, _schedule(self), noise, spec)
+
+
+@pytree
+class Clusters:
+    """What moves in closed form; n is the number of examples.
+
+    Attributes:
+        mixture: over the latents.
+        start: int32 [n], the groups of the layers' graph; zeros if there was none.
+    """
+
+    mixture: Mixture
+    start: Table
 
 
 class Noise(NamedTuple):
@@ -265,7 +303,7 @@ def _method(
     def ranged(batch: Batch) -> Array:
         return 0.5 * (batch["image"] + 1.0) if s.unit_range else batch["image"]
 
-    def init(key: PRNGKeyArray, batch: Batch) -> tuple[Params, Mixture]:
+    def init(key: PRNGKeyArray, batch: Batch) -> tuple[Params, Clusters]:
         encoder_key, denoiser_key = jax.random.split(key)
         x = batch["image"]
         z, ones = jnp.zeros((x.shape[0], s.latent)), jnp.ones(x.shape[0])
@@ -274,7 +312,9 @@ def _method(
             "denoiser": denoiser.init(denoiser_key, x, ones, z, ones),
         }
         d = s.latent
-        return params, Mixture(jnp.full(k, -jnp.log(k)), jnp.zeros((k, d)), jnp.ones((k, d)))
+        mixture = Mixture(jnp.full(k, -jnp.log(k)), jnp.zeros((k, d)), jnp.ones((k, d)))
+        n = spec.num_examples
+        return params, Clusters(mixture, Table(jnp.zeros(n, jnp.int32), n))
 
     def encode(params: Params, x: Array) -> tuple[Array, Array]:
         mean, log_variance = encoder.apply(params["encoder"], x)
@@ -318,8 +358,8 @@ def _method(
         return parts.mean(function, number)(params, drawn)
 
     def pretrain_loss(
-        params: Params, cluster: Mixture, batch: Batch, key: PRNGKeyArray, progress: Array
-    ) -> tuple[Array, tuple[Mixture, Metrics]]:
+        params: Params, cluster: Clusters, batch: Batch, key: PRNGKeyArray, progress: Array
+    ) -> tuple[Array, tuple[Clusters, Metrics]]:
         def function(params: Params, drawn: dict[str, Array]) -> tuple[Array, Metrics]:
             mean, variance, error = terms(params, drawn)
             kl = 0.5 * jnp.sum(mean**2 + variance - 1.0 - jnp.log(variance), axis=-1).mean()
@@ -329,26 +369,34 @@ def _method(
         return loss, (cluster, metrics)
 
     def em_loss(
-        params: Params, cluster: Mixture, batch: Batch, key: PRNGKeyArray, progress: Array
-    ) -> tuple[Array, tuple[Mixture, Metrics]]:
+        params: Params, cluster: Clusters, batch: Batch, key: PRNGKeyArray, progress: Array
+    ) -> tuple[Array, tuple[Clusters, Metrics]]:
         weight = em_weight * jnp.minimum(1.0, progress / s.kl_warmup if s.kl_warmup else 1.0)
+        mixture = cluster.mixture
 
         def function(params: Params, drawn: dict[str, Array]) -> tuple[Array, Metrics]:
             mean, variance, error = terms(params, drawn)
             if s.responsibilities == "closed_form":
-                kl = gmm.mixture_kl_bound(cluster, mean, variance).mean()
+                kl = gmm.mixture_kl_bound(mixture, mean, variance)
             else:
                 z = mean + jnp.sqrt(variance) * drawn["second"]
-                kl = sampled_kl(cluster, mean, variance, z).mean()
+                kl = sampled_kl(mixture, mean, variance, z)
+            if s.start == "layers":
+                each = gmm.kl_to_components(mixture, mean, variance) - mixture.log_weights
+                own = jnp.take_along_axis(each, drawn["start"][:, None], 1)[:, 0]
+                kl = jnp.where(progress < _LEARN_START, own, kl)
+            kl = kl.mean()
             return error.mean() + weight * kl, {"denoising": error.mean(), "kl": kl}
 
         loss_key, z_key = jax.random.split(key)
         drawn = draw(batch, loss_key)
         drawn["second"] = jax.random.normal(z_key, drawn["z_noise"].shape)
+        if s.start == "layers":
+            drawn["start"] = cluster.start.take(batch["index"])
         loss, metrics = means(function, params, drawn)
         return loss, (cluster, metrics | {"kl_weight": weight})
 
-    def collect(params: Params, cluster: Mixture, batch: Batch, key: PRNGKeyArray) -> Any:
+    def collect(params: Params, cluster: Clusters, batch: Batch, key: PRNGKeyArray) -> Any:
         mean, variance = encode(params, ranged(batch))
         if s.sampled_latents:
             z = mean + jnp.sqrt(variance) * jax.random.normal(key, mean.shape)
@@ -359,16 +407,16 @@ def _method(
 
     def e_step(
         params: Params,
-        cluster: Mixture,
-        features: Any,
+        cluster: Clusters,
+        latents: Any,
         weight: Array,
         key: PRNGKeyArray,
         progress: Array,
-    ) -> tuple[Params, Mixture, Metrics]:
-        mean, variance = features
+    ) -> tuple[Params, Clusters, Metrics]:
+        (mean, variance), weight = trimmed((latents, weight))
         balanced = progress < balanced_share
         mixture = gmm.fit(
-            cluster,
+            cluster.mixture,
             mean,
             variance,
             weight=weight,
@@ -378,6 +426,13 @@ def _method(
             balance=jnp.where(balanced, 1.0, 0.0),
             **guards,
         ).mixture
+        if s.start == "layers":
+            given = gmm.of_groups(
+                cluster.start.values, cluster.mixture, mean, variance, weight=weight, **guards
+            )
+            mixture = jax.tree.map(
+                lambda held, free: jnp.where(progress < _LEARN_START, held, free), given, mixture
+            )
         # While balancing, weights are multipliers, not shares, and none can die.
         threshold = jnp.where(balanced, 0.0, s.reseed_below / s.num_clusters)
         mixture, dead = gmm.reseed_dead(mixture, threshold=threshold)
@@ -389,24 +444,77 @@ def _method(
             "largest_weight": share.max(),
             "revived": dead.sum(),
         }
-        return params, mixture, info
+        return params, dataclasses.replace(cluster, mixture=mixture), info
+
+    def look(params: Params, cluster: Clusters, batch: Batch, key: PRNGKeyArray) -> Any:
+        """The latents and, if their graph is wanted, the denoiser's layers, [b, layers, size]."""
+        latents = collect(params, cluster, batch, key)
+        if s.start != "layers":
+            return latents, ()
+        extract = features.describe(without_latent(), spec.shape, pool="layout", draws=4)
+        timestep = jnp.abs(grid.log_snr - noise.mean).argmin()
+
+        def of_block(x: Array) -> Array:
+            return features.sketches(extract, params["denoiser"], x, timestep, _SKETCH)
+
+        return latents, jnp.moveaxis(features.in_blocks(of_block, ranged(batch)), 0, 1)
+
+    def without_latent() -> features.Denoiser:
+        def nothing(b: int) -> tuple[Array, Array]:
+            return jnp.zeros((b, s.latent)), jnp.zeros(b)
+
+        def init(key: PRNGKeyArray, x: Array, log_snr: Array) -> Params:
+            return denoiser.init(key, x, log_snr, *nothing(len(x)))
+
+        def apply(params: Params, x: Array, log_snr: Array, **options: Any) -> Any:
+            return denoiser.apply(params, x, log_snr, *nothing(len(x)), **options)
+
+        return features.Denoiser(Network(init, apply), grid, prediction)
+
+    def trimmed(tree: Any) -> Any:
+        """As long as the table of groups: padded only where examples are spread over devices."""
+        if s.start != "layers" or spread.parts() > 1:
+            return tree
+        return jax.tree.map(lambda a: a[: spec.num_examples], tree)
+
+    def side_by_side(layers: Array, anchors: Array, key: PRNGKeyArray) -> Array:
+        """Each layer along its principal axes, of variance 1 and one length, [n, d]."""
+
+        def projected(some: Array, layer: Array) -> Array:
+            axes = search.whiten(search.principal(key, some, _AXES))
+            return search.project(axes, layer, unit=True)
+
+        some = Table(layers, spec.num_examples).take(anchors)
+        e = jax.vmap(projected, in_axes=1, out_axes=1)(some, layers)
+        return e.reshape(e.shape[0], -1)
 
     def first_mixture(
         params: Params,
-        cluster: Mixture,
-        features: Any,
+        cluster: Clusters,
+        seen: Any,
         weight: Array,
         key: PRNGKeyArray,
         progress: Array,
-    ) -> tuple[Params, Mixture, Metrics]:
-        mean, variance = features
-        if s.start == "graph":
+    ) -> tuple[Params, Clusters, Metrics]:
+        ((mean, variance), layers), weight = trimmed((seen, weight))
+        if s.start != "likelihood":
             anchors = jnp.asarray(communities.some(spec.num_examples, s.anchors), jnp.int32)
             groups = communities.partition(
-                key, mean, k, weight=weight, anchors=anchors, restarts=s.mixture_restarts
+                key,
+                mean if s.start == "graph" else side_by_side(layers, anchors, key),
+                k,
+                weight=weight,
+                anchors=anchors,
+                restarts=s.mixture_restarts,
             )
-            mixture = gmm.of_groups(groups.labels, cluster, mean, variance, weight=weight, **guards)
-            return params, mixture, {"modularity": groups.modularity}
+            mixture = gmm.of_groups(
+                groups.labels, cluster.mixture, mean, variance, weight=weight, **guards
+            )
+            if s.start == "layers":
+                cluster = Clusters(mixture, Table(groups.labels, spec.num_examples))
+            else:
+                cluster = dataclasses.replace(cluster, mixture=mixture)
+            return params, cluster, {"modularity": groups.modularity}
         start = gmm.init(
             key,
             mean,
@@ -416,27 +524,29 @@ def _method(
             restarts=s.mixture_restarts,
             **guards,
         )
-        return params, start.mixture, {"mixture_log_likelihood": start.log_likelihood[-1]}
+        cluster = dataclasses.replace(cluster, mixture=start.mixture)
+        return params, cluster, {"mixture_log_likelihood": start.log_likelihood[-1]}
 
-    def predict(params: Params, cluster: Mixture, batch: Batch, key: PRNGKeyArray) -> Array:
+    def predict(params: Params, cluster: Clusters, batch: Batch, key: PRNGKeyArray) -> Array:
         mean, variance = encode(params, ranged(batch))
-        return gmm.log_responsibilities(cluster, mean, variance)[0]
+        return gmm.log_responsibilities(cluster.mixture, mean, variance)[0]
 
-    def embed(params: Params, cluster: Mixture, batch: Batch, key: PRNGKeyArray) -> Array:
+    def embed(params: Params, cluster: Clusters, batch: Batch, key: PRNGKeyArray) -> Array:
         return encode(params, ranged(batch))[0]
 
-    def score(params: Params, cluster: Mixture, batch: Batch, key: PRNGKeyArray) -> Array:
+    def score(params: Params, cluster: Clusters, batch: Batch, key: PRNGKeyArray) -> Array:
         """The term of equation (1) that is each example's: of the latents, not of the data."""
         mean, variance = encode(params, ranged(batch))
-        return gmm.log_responsibilities(cluster, mean, variance)[1]
+        return gmm.log_responsibilities(cluster.mixture, mean, variance)[1]
 
-    def sample(params: Params, cluster: Mixture, key: PRNGKeyArray, component: Array) -> Array:
+    def sample(params: Params, cluster: Clusters, key: PRNGKeyArray, component: Array) -> Array:
         """Equation (6): one example in network scale for each component given [b], -1 for any."""
         c_key, z_key, x_key = jax.random.split(key, 3)
         n = component.shape[0]
-        drawn = jax.random.categorical(c_key, cluster.log_weights, shape=(n,))
+        mixture = cluster.mixture
+        drawn = jax.random.categorical(c_key, mixture.log_weights, shape=(n,))
         component = jnp.where(component < 0, drawn, component)
-        z, _ = gmm.sample(cluster, z_key, n, component=component, temperature=s.sample_temperature)
+        z, _ = gmm.sample(mixture, z_key, n, component=component, temperature=s.sample_temperature)
 
         def estimate(keep: float) -> sampling.Denoise:
             def denoise(x_t: Array, log_snr: Array) -> Array:
@@ -466,7 +576,7 @@ def _method(
             _optimiser(s, em_iterations * steps, constant=s.balance_iterations * steps),
             em_iterations,
             steps,
-            begin=EStage(collect, first_mixture),
+            begin=EStage(look, first_mixture),
             refresh=EStage(collect, e_step),
             ema=s.ema,
         ),
