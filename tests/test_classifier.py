@@ -139,8 +139,9 @@ def test_unknown_kinds_are_refused():
         classifier_network("vgg", (8, 8, 1), outputs=2, width=4, hidden=4)
 
 
-@pytest.mark.parametrize(("kind", "width", "least"), [("conv", 8, 0.94), ("mlp", 64, 0.85)])
+@pytest.mark.parametrize(("kind", "width", "least"), [("conv", 8, 0.92), ("mlp", 64, 0.85)])
 def test_digits_are_learnt(kind, width, least):
+    # Over four keys .936 to .961 and .897 to .917 are right.
     images, labels = load_digits(return_X_y=True)
     x = jnp.asarray(images.reshape(-1, 8, 8, 1) / 8 - 1, jnp.float32)
     net, _, _ = network(kind, (8, 8, 1), outputs=10, width=width, hidden=32)

@@ -37,12 +37,13 @@ def free_port() -> int:
 
 
 def environment(devices: int) -> dict[str, str]:
+    flags = os.environ.get("XLA_FLAGS", "")
     return {
         **os.environ,
         "PYTHONPATH": str(ROOT),
         "PYTHONUNBUFFERED": "1",
         "JAX_PLATFORMS": "cpu",
-        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
+        "XLA_FLAGS": f"{flags} --xla_force_host_platform_device_count={devices}",
     }
 
 

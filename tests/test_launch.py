@@ -36,9 +36,11 @@ PROGRAM = ["python", "-m", "dec_diffusion.main", "--config=configs/clusterddpm.p
 
 
 def launch(name, *args, env=None, cwd=None, status=0):
+    # What the commands say of XLA_FLAGS depends on those of the shell.
+    inherited = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
     done = subprocess.run(
         [LAUNCH / name, *args],
-        env={**os.environ, **(env or {})},
+        env={**inherited, **(env or {})},
         cwd=cwd,
         capture_output=True,
         text=True,
