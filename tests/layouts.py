@@ -6,6 +6,7 @@ and assignments as this layout computes them. A run in the folder is resumed.
 """
 
 import contextlib
+import dataclasses
 import pathlib
 import sys
 from collections.abc import Callable
@@ -68,8 +69,19 @@ METHODS = {
         learning_rate=1e-4,
     ),
 }
+# Images, for layers are looked at; of the denoiser as it was drawn, whose layers tell as much.
+METHODS["clusterddpm_layers"] = dataclasses.replace(
+    METHODS["clusterddpm"],
+    start="layers",
+    width=4,
+    multipliers=(1, 2),
+    encoder_multipliers=(1, 2),
+    encoder_blocks=0,
+)
+SHAPES = dict.fromkeys(METHODS, (8,)) | {"clusterddpm_layers": (8, 8, 1)}
 TRAINING = {
     "clusterddpm": {"batch_size": 24},
+    "clusterddpm_layers": {"batch_size": 24},
     "diec": {"batch_size": 20},  # which 8 devices cannot share equally
     "neural_mixture": {"batch_size": 24, "resident_gib": 0.0},  # streamed
 }
@@ -89,11 +101,13 @@ class After(Stop):
         return self._left <= 0
 
 
-def examples() -> data.Dataset:
-    """Vectors around three points."""
+def examples(shape: tuple[int, ...]) -> data.Dataset:
+    """Vectors, or images in [0, 1], around three points."""
     rng = np.random.default_rng(0)
     truth = rng.integers(3, size=N)
-    x = rng.normal(size=(3, 8))[truth] * 2 + rng.normal(size=(N, 8))
+    x = rng.normal(size=(3, *shape))[truth] * 2 + rng.normal(size=(N, *shape))
+    if len(shape) > 1:
+        x = np.clip(0.5 + x / 8, 0, 1)
     return data.from_arrays(x.astype(np.float32), name="three")
 
 
@@ -105,7 +119,7 @@ def settings(name: str) -> config.Config:
 def statistics(name: str, state: engine.TrainState) -> list[jax.Array]:
     """What the closed-form part of a method found."""
     found = state.cluster
-    if name == "clusterddpm":
+    if name.startswith("clusterddpm"):
         return [found.mixture.log_weights, found.mixture.means, found.mixture.covariance]
     if name == "diec":
         return [found.anchors, found.target.values, state.ema_params["centers"]]
@@ -124,7 +138,7 @@ def main(folder: pathlib.Path, name: str, iterations: int, pod: distributed.Pod)
 
     with distributed.joined(pod):
         jax.monitoring.register_event_duration_secs_listener(count)
-        dataset = examples()
+        dataset = examples(SHAPES[name])
         stop = After(iterations, lambda: len(compilations))
         with contextlib.suppress(StoppedError):
             train.fit(settings(name), folder / name, dataset=dataset, verbose=0, stop=stop)

@@ -19,7 +19,7 @@ from absl import flags
 from dec_diffusion import main, options
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
-METHODS = ("clusterddpm", "diec", "neural_mixture")
+METHODS = ("clusterddpm", "clusterddpm_layers", "diec", "neural_mixture")
 slow = pytest.mark.slow
 every_method = pytest.mark.parametrize(
     "name", [pytest.param(m, marks=() if m == "neural_mixture" else slow) for m in METHODS]
