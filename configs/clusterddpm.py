@@ -24,10 +24,8 @@ usps        seed 0 only: ACC .961, NMI .914, ARI .929 (k-means on pixels .668, .
 the others  not measured: no accelerator was at hand
 """
 
-from dec_diffusion.config import Config, TrainConfig
-from dec_diffusion.data import DataConfig
+from dec_diffusion.config import Config, Variants, of_variant
 from dec_diffusion.methods.clusterddpm import ClusterDDPM
-from dec_diffusion.types import InputError
 
 # Three resolutions of a 28x28 image; an iteration is one pass over the data.
 _LARGE = {
@@ -82,7 +80,7 @@ _PAPER = {
 
 _SMALL = {"width": 8, "multipliers": (1, 2, 2), "encoder_blocks": 0}
 
-_VARIANTS = {
+VARIANTS: Variants = {
     "digits": ({}, {"name": "digits"}, {"batch_size": 96}),
     "mnist": (_LARGE, {"name": "mnist"}, {"batch_size": 256}),
     "mnist_cpu": (_SMALL, {"name": "mnist", "split": "test"}, {}),
@@ -106,7 +104,6 @@ _VARIANTS = {
     ),
     "paper": (_PAPER, {"name": "mnist"}, {"batch_size": 128}),
 }
-VARIANTS = tuple(_VARIANTS)
 
 
 def get_config(variant: str = "digits") -> Config:
@@ -115,14 +112,4 @@ def get_config(variant: str = "digits") -> Config:
     Raises:
         InputError: there is no such variant.
     """
-    if variant not in _VARIANTS:
-        raise InputError(
-            f"--config=clusterddpm:{variant}: no such variant; choose one of {', '.join(VARIANTS)}"
-        )
-    method, data, train = _VARIANTS[variant]
-    return Config(
-        name=f"clusterddpm-{variant}",
-        method=ClusterDDPM(**method),
-        data=DataConfig(**data),
-        train=TrainConfig(**train),
-    )
+    return of_variant("clusterddpm", ClusterDDPM, VARIANTS, variant)

@@ -26,10 +26,8 @@ A denoiser that is trained already is taken with --config.pretrained=DIR: the wo
 run of this config, or a folder of Hugging Face diffusers that holds a UNet2DModel.
 """
 
-from dec_diffusion.config import Config, TrainConfig
-from dec_diffusion.data import DataConfig
+from dec_diffusion.config import Config, Variants, of_variant
 from dec_diffusion.methods.diec import DiEC
-from dec_diffusion.types import InputError
 
 # An iteration is one pass over the data.
 _LARGE = {
@@ -69,7 +67,7 @@ _PAPER = _LARGE | {
     "dims": 64,
 }
 
-_VARIANTS = {
+VARIANTS: Variants = {
     "digits": ({}, {"name": "digits"}, {"evaluate_every": 1}),
     "usps": (
         {"steps": 0, "pretrain_iterations": 25, "iterations": 8, "balance": 0.0},
@@ -87,7 +85,6 @@ _VARIANTS = {
     ),
     "paper": (_PAPER, {"name": "mnist"}, {"batch_size": 256}),
 }
-VARIANTS = tuple(_VARIANTS)
 
 
 def get_config(variant: str = "digits") -> Config:
@@ -96,14 +93,4 @@ def get_config(variant: str = "digits") -> Config:
     Raises:
         InputError: there is no such variant.
     """
-    if variant not in _VARIANTS:
-        raise InputError(
-            f"--config=diec:{variant}: no such variant; choose one of {', '.join(VARIANTS)}"
-        )
-    method, data, train = _VARIANTS[variant]
-    return Config(
-        name=f"diec-{variant}",
-        method=DiEC(**method),
-        data=DataConfig(**data),
-        train=TrainConfig(**train),
-    )
+    return of_variant("diec", DiEC, VARIANTS, variant)

@@ -6,6 +6,7 @@ import importlib
 import math
 import numbers
 import types
+from collections.abc import Callable
 from typing import Annotated, Any, Literal, Protocol, Union, get_args, get_origin, get_type_hints
 
 from dec_diffusion.data import DataConfig
@@ -68,6 +69,36 @@ class Config:
     train: TrainConfig = dataclasses.field(default_factory=TrainConfig)
     seed: int = 0
     pretrained: str = ""
+
+
+Variants = dict[str, tuple[dict[str, Any], dict[str, Any], dict[str, Any]]]
+"""Of each variant of a config file what differs from the default settings: of the method, the data
+and the training."""
+
+
+def of_variant(name: str, method: Callable[..., Any], variants: Variants, variant: str) -> Config:
+    """One of the variants of a config file.
+
+    Args:
+        name: of the file, without its ending.
+        method: the dataclass of the method's settings.
+        variants: by their names.
+        variant: the one that was asked for.
+
+    Raises:
+        InputError: there is no such variant.
+    """
+    if variant not in variants:
+        raise InputError(
+            f"--config={name}:{variant}: no such variant; choose one of {', '.join(variants)}"
+        )
+    of_method, of_data, of_training = variants[variant]
+    return Config(
+        name=f"{name}-{variant}",
+        method=method(**of_method),
+        data=DataConfig(**of_data),
+        train=TrainConfig(**of_training),
+    )
 
 
 RESUMABLE = (

@@ -14,7 +14,7 @@ from scipy.stats import multivariate_normal
 from sklearn.metrics import adjusted_rand_score
 
 from dec_diffusion import engine, features, gmm, schedule
-from dec_diffusion.method import DataSpec
+from dec_diffusion.method import DataSpec, Method
 from dec_diffusion.methods import clusterddpm
 from dec_diffusion.methods.clusterddpm import ClusterDDPM
 from dec_diffusion.networks import denoiser_network
@@ -372,15 +372,19 @@ def test_the_groups_of_the_graph_are_held_until_the_latents_have_learnt_them():
     log_weights = jnp.log(jnp.asarray([0.5, 0.3, 0.2]))
     cluster = begun(gmm.Mixture(log_weights, mean[:3], jnp.ones((3, 3))), groups)
     settings = {**TINY, "start": "layers", "kl_warmup": 0.0}
-    method = ClusterDDPM(**settings).build(DataSpec((8, 8, 1), n))
-    refresh = method.phases["em"].refresh
-    assert refresh is not None
 
-    def after(progress: float) -> clusterddpm.Clusters:
+    def built(hold: float) -> Method:
+        return ClusterDDPM(**settings, hold=hold).build(DataSpec((8, 8, 1), n))
+
+    def after(progress: float, hold: float = 0.3) -> clusterddpm.Clusters:
+        refresh = built(hold).phases["em"].refresh
+        assert refresh is not None
         seen = mean, variance
         return refresh.update({}, cluster, seen, jnp.ones(n), jax.random.key(0), progress)[1]
 
     held, free = after(0.2), after(0.4)
+    for a, b in zip(jax.tree.leaves(after(1.0, hold=1.0)), jax.tree.leaves(held), strict=True):
+        np.testing.assert_array_equal(a, b)
     for c in range(3):
         np.testing.assert_allclose(
             held.mixture.means[c], np.asarray(mean)[groups == c].mean(0), atol=1e-5
@@ -389,8 +393,8 @@ def test_the_groups_of_the_graph_are_held_until_the_latents_have_learnt_them():
     np.testing.assert_array_equal(free.start.values, groups)
     # The loss draws posteriors to their own component first, to the mixture later.
     batch = engine.fetch_resident(examples())(jnp.arange(16))
-    params, _ = method.init(jax.random.key(1), batch)
-    loss = jax.jit(method.phases["em"].loss)
+    params, _ = built(0.3).init(jax.random.key(1), batch)
+    loss = jax.jit(built(0.3).phases["em"].loss)
     kls = [
         float(loss(params, cluster, batch, jax.random.key(2), progress)[1][1]["kl"])
         for progress in (0.2, 0.4)

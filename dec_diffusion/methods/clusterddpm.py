@@ -59,7 +59,6 @@ from dec_diffusion.types import (
     pytree,
 )
 
-_LEARN_START = 0.3  # part of the EM phase in which the graph's groups are the responsibilities
 _SKETCH, _AXES = 64, 24  # directions, and principal axes in them, of each of the denoiser's layers
 
 
@@ -113,9 +112,9 @@ class ClusterDDPM:
         mixture_iterations: EM iterations of the mixture per E-step.
         start: the first mixture: of the ``graph``, from the communities of the neighbour graph of
             the latents; of the ``layers``, from those of all of the denoiser's layers side by
-            side, which are then the responsibilities until 30% of the EM phase are over; or the
-            one of highest ``likelihood``, which suits groups of very different sizes better;
-            among several starts.
+            side, which are then held; or the one of highest ``likelihood``, which suits groups of
+            very different sizes better; among several starts.
+        hold: share of the EM phase in which the groups of the ``layers`` are the responsibilities.
         anchors: examples among which neighbours are looked for: all, or as many drawn from more.
         mixture_restarts: how many starts.
         variance_floor: lowest variance of a component, in units of the pooled variance.
@@ -167,6 +166,7 @@ class ClusterDDPM:
     ema: float = 0.99
     mixture_iterations: int = 20
     start: Literal["graph", "layers", "likelihood"] = "graph"
+    hold: float = 0.3
     anchors: int = 65536
     mixture_restarts: int = 20
     variance_floor: float = 1e-2
@@ -384,7 +384,7 @@ def _method(
             if s.start == "layers":
                 each = gmm.kl_to_components(mixture, mean, variance) - mixture.log_weights
                 own = jnp.take_along_axis(each, drawn["start"][:, None], 1)[:, 0]
-                kl = jnp.where(progress < _LEARN_START, own, kl)
+                kl = jnp.where(progress <= s.hold, own, kl)
             kl = kl.mean()
             return error.mean() + weight * kl, {"denoising": error.mean(), "kl": kl}
 
@@ -431,7 +431,7 @@ def _method(
                 cluster.start.values, cluster.mixture, mean, variance, weight=weight, **guards
             )
             mixture = jax.tree.map(
-                lambda held, free: jnp.where(progress < _LEARN_START, held, free), given, mixture
+                lambda held, free: jnp.where(progress <= s.hold, held, free), given, mixture
             )
         # While balancing, weights are multipliers, not shares, and none can die.
         threshold = jnp.where(balanced, 0.0, s.reseed_below / s.num_clusters)
@@ -617,7 +617,7 @@ def _check(s: ClusterDDPM) -> None:
         ("log_snr_std learning_rate clip", lambda v: v > 0, "must be greater than 0"),
         (sizes, lambda v: v >= 0, "must not be negative"),
         (
-            "uniform_noise drop_latent kl_warmup ema adam_b2",
+            "uniform_noise drop_latent kl_warmup hold ema adam_b2",
             lambda v: 0 <= v <= 1,
             "must lie between 0 and 1",
         ),
