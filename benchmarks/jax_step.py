@@ -15,6 +15,7 @@ from dec_diffusion import engine, schedule
 from dec_diffusion.gmm import Mixture
 from dec_diffusion.method import DataSpec
 from dec_diffusion.methods import clusterddpm
+from dec_diffusion.spread import Table
 
 NUM_CLUSTERS = 10
 CHECK_BATCH = 4
@@ -212,16 +213,16 @@ def _initialise(method: Any, batch: Any, latent: int) -> tuple[Any, Any]:
         return jnp.asarray(value, leaf.dtype)
 
     shapes, clusters = jax.eval_shape(method.init, jax.random.key(0), batch)
-    # No groups: these settings begin with none.
-    clusters = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), clusters)
     log_weights = random.standard_normal(NUM_CLUSTERS)
     log_weights -= np.log(np.exp(log_weights).sum())
     means, log_variances = random.standard_normal((2, NUM_CLUSTERS, latent))
     mixture = [log_weights, means, np.exp(0.5 * log_variances)]
+    n = clusters.start.count
     return (
         jax.tree_util.tree_map_with_path(draw, shapes),
-        dataclasses.replace(
-            clusters, mixture=Mixture(*(jnp.asarray(part, jnp.float32) for part in mixture))
+        clusterddpm.Clusters(
+            Mixture(*(jnp.asarray(part, jnp.float32) for part in mixture)),
+            Table(jnp.zeros(n, jnp.int32), n),
         ),
     )
 

@@ -91,8 +91,13 @@ VARIANTS: Variants = {
     ),
     # Classes of unequal size, which the groups of the denoiser's layers find and balancing undoes.
     "usps": (
-        {"multipliers": (1, 2, 2), "rotate": 8.0}
-        | {"start": "layers", "balance_iterations": 0, "em_iterations": 24},
+        {
+            "multipliers": (1, 2, 2),
+            "rotate": 8.0,
+            "start": "layers",
+            "balance_iterations": 0,
+            "em_iterations": 24,
+        },
         {"name": "usps"},
         {},
     ),

@@ -194,7 +194,7 @@ def move(key: PRNGKeyArray, graph: Graph, labels: Int[Array, " n"], k: int) -> C
     total = jnp.maximum(graph.weight.sum(), 1e-30)
 
     def look(labels: Array) -> tuple[Array, Array]:
-        """Votes and modularity: of few groups, equation (2) follows from (1)."""
+        """Votes and modularity, with (2) taken from the votes at hand."""
         vote = votes(graph, labels, k)
         member = jax.nn.one_hot(labels, k) * graph.weight[:, None]
         table = _shares(jnp.matmul(member.T, vote, precision="highest"))

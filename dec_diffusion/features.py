@@ -79,6 +79,26 @@ def describe(denoiser: Denoiser, shape: tuple[int, ...], *, pool: Pool, draws: i
     return Features(denoiser, shape, tuple(names), width, pool, draws)
 
 
+def without_latent(
+    network: Network, latent: int, grid: Schedule, prediction: Prediction
+) -> Denoiser:
+    """A denoiser that is given a latent, as it is where the latent is left out."""
+
+    def none(x: Array) -> tuple[Array, Array]:
+        return jnp.zeros((x.shape[0], latent)), jnp.zeros(x.shape[0])
+
+    return Denoiser(
+        Network(
+            lambda key, x, log_snr: network.init(key, x, log_snr, *none(x)),
+            lambda params, x, log_snr, **options: network.apply(
+                params, x, log_snr, *none(x), **options
+            ),
+        ),
+        grid,
+        prediction,
+    )
+
+
 def pooled(h: Float[Array, "b ..."], pool: Pool) -> Float[Array, "b d"]:
     """A feature map as one vector: at most 4 x 4 averages, or one; vectors stay as they are."""
     if h.ndim == 2:
@@ -131,7 +151,7 @@ def sketches(
     """Equation (2) of all layers, each along ``size`` fixed random directions.
 
     Distances are kept up to a relative error of about sqrt(2 / size) (Johnson and Lindenstrauss
-    1984), and little enough to be held of all examples while the principal axes are found.
+    1984), by numbers few enough to be kept of every example until principal axes are found.
     """
     h = halves(f, params, x, timestep).mean(0)
     directions = jax.random.normal(jax.random.key(1), (len(f.layers), f.width, size))

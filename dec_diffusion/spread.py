@@ -66,6 +66,11 @@ def without_tables(tree: Any) -> Any:
     return map_tables(lambda table: Table(table.values[:0], table.count), tree)
 
 
+def trimmed(tree: Any, count: int) -> Any:
+    """Without padding, but where rows are spread over devices: there it keeps parts equal."""
+    return tree if parts() > 1 else jax.tree.map(lambda rows: rows[:count], tree)
+
+
 def parts() -> int:
     """Into how many equal contiguous parts the rows of data are spread here; 1 if they are not."""
     mesh = jax.sharding.get_abstract_mesh()

@@ -69,7 +69,7 @@ METHODS = {
         learning_rate=1e-4,
     ),
 }
-# Images, for layers are looked at; of the denoiser as it was drawn, whose layers tell as much.
+# Images, so that the layers are those of a U-Net.
 METHODS["clusterddpm_layers"] = dataclasses.replace(
     METHODS["clusterddpm"],
     start="layers",

@@ -238,6 +238,7 @@ def test_first_assignment_is_that_of_kmeans_bit_for_bit():
 def test_the_groups_of_the_graph_are_the_first_target_and_their_means_the_centres():
     method, state = entered(TINY)
     groups = np.asarray(state.cluster.start.values)
+    assert accuracy(groups) > 0.95
     np.testing.assert_array_equal(state.cluster.target.values, np.eye(K)[groups])
     e = np.asarray(method.embed(state.ema_params, state.cluster, WHOLE, KEY))
     means = np.stack([e[groups == c].mean(0) for c in range(K)])

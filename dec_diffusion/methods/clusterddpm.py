@@ -15,7 +15,7 @@ Encoder    q(z|x) = N(m(x), diag v(x))
              the loss is proportional to the negative ELBO with its weights averaged.
 (6) sample   c, then z ~ N(mu_c, temperature^2 s_c^2), then x by guided DDIM.
 (7) start    the first mixture has the moments of K groups found without labels; those of the
-             denoiser's layers are also g of (3) and the responsibilities of (1) at first.
+             denoiser's layers are also g of (3) or (4) and the responsibilities of (1) at first.
 
 Sources: the abstract (EM, conditional DDPM, KL to the mixture), the official code (main.py of
 Jarvisyan/ClusterDDPM-pytorch at 2d4c950) for everything else about the method; deviations and
@@ -110,11 +110,12 @@ class ClusterDDPM:
         clip: global norm at which gradients are clipped.
         ema: decay of the averaged weights.
         mixture_iterations: EM iterations of the mixture per E-step.
-        start: the first mixture: of the ``graph``, from the communities of the neighbour graph of
-            the latents; of the ``layers``, from those of all of the denoiser's layers side by
-            side, which are then held; or the one of highest ``likelihood``, which suits groups of
-            very different sizes better; among several starts.
-        hold: share of the EM phase in which the groups of the ``layers`` are the responsibilities.
+        start: the first mixture, each the best of several: of the ``graph``, from the
+            communities of the neighbour graph of the latents; of the ``layers``, from those of all
+            of the denoiser's layers side by side, which are then held; or the one of highest
+            ``likelihood``, which suits groups of very different sizes better.
+        hold: share of the EM phase in which the groups of the ``layers`` are the
+            responsibilities; the other starts hold nothing.
         anchors: examples among which neighbours are looked for: all, or as many drawn from more.
         mixture_restarts: how many starts.
         variance_floor: lowest variance of a component, in units of the pooled variance.
@@ -183,12 +184,7 @@ class ClusterDDPM:
         Raises:
             InputError: a setting is out of range; names it and the remedy.
         """
-        _check(self)
-        if self.start == "layers" and not (self.network == "unet" and spec.is_image):
-            raise InputError(
-                "--config.method.start=layers: needs images and --config.method.network=unet; "
-                "choose start=graph"
-            )
+        _check(self, spec)
         encoder, denoiser = clusterddpm_networks(
             self.network,
             spec.shape,
@@ -288,7 +284,8 @@ def _method(
     view = views.View(
         rotate=s.rotate, shift=s.shift, scale=s.scale, shear=s.shear, flip=s.flip, noise=s.noise
     )
-    k = s.num_clusters
+    n, k = spec.num_examples, s.num_clusters
+    anchors = communities.some(n, s.anchors)
     em_iterations = s.balance_iterations + s.em_iterations
     # Half an iteration less, so that rounding cannot move the last balanced E-step.
     balanced_share = (s.balance_iterations - 0.5) / em_iterations
@@ -313,7 +310,6 @@ def _method(
         }
         d = s.latent
         mixture = Mixture(jnp.full(k, -jnp.log(k)), jnp.zeros((k, d)), jnp.ones((k, d)))
-        n = spec.num_examples
         return params, Clusters(mixture, Table(jnp.zeros(n, jnp.int32), n))
 
     def encode(params: Params, x: Array) -> tuple[Array, Array]:
@@ -384,7 +380,7 @@ def _method(
             if s.start == "layers":
                 each = gmm.kl_to_components(mixture, mean, variance) - mixture.log_weights
                 own = jnp.take_along_axis(each, drawn["start"][:, None], 1)[:, 0]
-                kl = jnp.where(progress <= s.hold, own, kl)
+                kl = jnp.where(held(progress), own, kl)
             kl = kl.mean()
             return error.mean() + weight * kl, {"denoising": error.mean(), "kl": kl}
 
@@ -405,6 +401,13 @@ def _method(
 
     guards = {"variance_floor": s.variance_floor, "weight_prior": s.weight_prior}
 
+    def held(progress: Array) -> Array:
+        """Whether the groups of the layers are still the responsibilities."""
+        return jnp.asarray((s.start == "layers") & (progress <= s.hold) & (s.hold > 0))
+
+    def of_groups(labels: Array, cluster: Clusters, latents: Any, weight: Array) -> Mixture:
+        return gmm.of_groups(labels, cluster.mixture, *latents, weight=weight, **guards)
+
     def e_step(
         params: Params,
         cluster: Clusters,
@@ -413,28 +416,28 @@ def _method(
         key: PRNGKeyArray,
         progress: Array,
     ) -> tuple[Params, Clusters, Metrics]:
-        (mean, variance), weight = trimmed((latents, weight))
+        mean, variance = latents
         balanced = progress < balanced_share
-        mixture = gmm.fit(
-            cluster.mixture,
-            mean,
-            variance,
-            weight=weight,
-            iterations=s.mixture_iterations,
-            # Balancing moves the weights while the likelihood hardly changes.
-            tol=jnp.where(balanced, 0.0, 1e-3),
-            balance=jnp.where(balanced, 1.0, 0.0),
-            **guards,
-        ).mixture
-        if s.start == "layers":
-            given = gmm.of_groups(
-                cluster.start.values, cluster.mixture, mean, variance, weight=weight, **guards
-            )
-            mixture = jax.tree.map(
-                lambda held, free: jnp.where(progress <= s.hold, held, free), given, mixture
-            )
-        # While balancing, weights are multipliers, not shares, and none can die.
-        threshold = jnp.where(balanced, 0.0, s.reseed_below / s.num_clusters)
+
+        def fitted() -> Mixture:
+            return gmm.fit(
+                cluster.mixture,
+                mean,
+                variance,
+                weight=weight,
+                iterations=s.mixture_iterations,
+                # Balancing moves the weights while the likelihood hardly changes.
+                tol=jnp.where(balanced, 0.0, 1e-3),
+                balance=jnp.where(balanced, 1.0, 0.0),
+                **guards,
+            ).mixture
+
+        def given() -> Mixture:
+            return of_groups(cluster.start.values, cluster, *spread.trimmed((latents, weight), n))
+
+        mixture = jax.lax.cond(held(progress), given, fitted) if s.start == "layers" else fitted()
+        # While balancing, weights are multipliers, not shares, and none can die; nor while held.
+        threshold = jnp.where(balanced | held(progress), 0.0, s.reseed_below / k)
         mixture, dead = gmm.reseed_dead(mixture, threshold=threshold)
         log_resp, log_likelihood = gmm.log_responsibilities(mixture, mean, variance)
         share = jnp.exp(log_resp).T @ weight / weight.sum()
@@ -446,49 +449,51 @@ def _method(
         }
         return params, dataclasses.replace(cluster, mixture=mixture), info
 
+    # -- the first mixture, equation (7) --
+
     def look(params: Params, cluster: Clusters, batch: Batch, key: PRNGKeyArray) -> Any:
-        """The latents and, if their graph is wanted, the denoiser's layers, [b, layers, size]."""
-        latents = collect(params, cluster, batch, key)
-        if s.start != "layers":
-            return latents, ()
-        extract = features.describe(without_latent(), spec.shape, pool="layout", draws=4)
+        """The latents, and sketches of the denoiser's layers, [b, layers, size]."""
+        bare = features.without_latent(denoiser, s.latent, grid, prediction)
+        extract = features.describe(bare, spec.shape, pool="layout", draws=4)
         timestep = jnp.abs(grid.log_snr - noise.mean).argmin()
 
         def of_block(x: Array) -> Array:
             return features.sketches(extract, params["denoiser"], x, timestep, _SKETCH)
 
-        return latents, jnp.moveaxis(features.in_blocks(of_block, ranged(batch)), 0, 1)
+        layers = features.in_blocks(of_block, ranged(batch))
+        return collect(params, cluster, batch, key), jnp.moveaxis(layers, 0, 1)
 
-    def without_latent() -> features.Denoiser:
-        def nothing(b: int) -> tuple[Array, Array]:
-            return jnp.zeros((b, s.latent)), jnp.zeros(b)
-
-        def init(key: PRNGKeyArray, x: Array, log_snr: Array) -> Params:
-            return denoiser.init(key, x, log_snr, *nothing(len(x)))
-
-        def apply(params: Params, x: Array, log_snr: Array, **options: Any) -> Any:
-            return denoiser.apply(params, x, log_snr, *nothing(len(x)), **options)
-
-        return features.Denoiser(Network(init, apply), grid, prediction)
-
-    def trimmed(tree: Any) -> Any:
-        """As long as the table of groups: padded only where examples are spread over devices."""
-        if s.start != "layers" or spread.parts() > 1:
-            return tree
-        return jax.tree.map(lambda a: a[: spec.num_examples], tree)
-
-    def side_by_side(layers: Array, anchors: Array, key: PRNGKeyArray) -> Array:
+    def side_by_side(layers: Array, key: PRNGKeyArray) -> Array:
         """Each layer along its principal axes, of variance 1 and one length, [n, d]."""
 
         def projected(some: Array, layer: Array) -> Array:
             axes = search.whiten(search.principal(key, some, _AXES))
             return search.project(axes, layer, unit=True)
 
-        some = Table(layers, spec.num_examples).take(anchors)
+        some = Table(layers, n).take(jnp.asarray(anchors, jnp.int32))
         e = jax.vmap(projected, in_axes=1, out_axes=1)(some, layers)
         return e.reshape(e.shape[0], -1)
 
-    def first_mixture(
+    def partition(key: PRNGKeyArray, x: Array, weight: Array) -> communities.Communities:
+        among = jnp.asarray(anchors, jnp.int32)
+        return communities.partition(
+            key, x, k, weight=weight, anchors=among, restarts=s.mixture_restarts
+        )
+
+    def from_graph(
+        params: Params,
+        cluster: Clusters,
+        latents: Any,
+        weight: Array,
+        key: PRNGKeyArray,
+        progress: Array,
+    ) -> tuple[Params, Clusters, Metrics]:
+        groups = partition(key, latents[0], weight)
+        mixture = of_groups(groups.labels, cluster, latents, weight)
+        cluster = dataclasses.replace(cluster, mixture=mixture)
+        return params, cluster, {"modularity": groups.modularity}
+
+    def from_layers(
         params: Params,
         cluster: Clusters,
         seen: Any,
@@ -496,26 +501,22 @@ def _method(
         key: PRNGKeyArray,
         progress: Array,
     ) -> tuple[Params, Clusters, Metrics]:
-        ((mean, variance), layers), weight = trimmed((seen, weight))
-        if s.start != "likelihood":
-            anchors = jnp.asarray(communities.some(spec.num_examples, s.anchors), jnp.int32)
-            groups = communities.partition(
-                key,
-                mean if s.start == "graph" else side_by_side(layers, anchors, key),
-                k,
-                weight=weight,
-                anchors=anchors,
-                restarts=s.mixture_restarts,
-            )
-            mixture = gmm.of_groups(
-                groups.labels, cluster.mixture, mean, variance, weight=weight, **guards
-            )
-            if s.start == "layers":
-                cluster = Clusters(mixture, Table(groups.labels, spec.num_examples))
-            else:
-                cluster = dataclasses.replace(cluster, mixture=mixture)
-            return params, cluster, {"modularity": groups.modularity}
-        start = gmm.init(
+        (latents, layers), weight = spread.trimmed((seen, weight), n)
+        axes_key, groups_key = jax.random.split(key)
+        groups = partition(groups_key, side_by_side(layers, axes_key), weight)
+        mixture = of_groups(groups.labels, cluster, latents, weight)
+        return params, Clusters(mixture, Table(groups.labels, n)), {"modularity": groups.modularity}
+
+    def likeliest(
+        params: Params,
+        cluster: Clusters,
+        latents: Any,
+        weight: Array,
+        key: PRNGKeyArray,
+        progress: Array,
+    ) -> tuple[Params, Clusters, Metrics]:
+        mean, variance = latents
+        found = gmm.init(
             key,
             mean,
             k,
@@ -524,8 +525,14 @@ def _method(
             restarts=s.mixture_restarts,
             **guards,
         )
-        cluster = dataclasses.replace(cluster, mixture=start.mixture)
-        return params, cluster, {"mixture_log_likelihood": start.log_likelihood[-1]}
+        cluster = dataclasses.replace(cluster, mixture=found.mixture)
+        return params, cluster, {"mixture_log_likelihood": found.log_likelihood[-1]}
+
+    begin = {
+        "graph": EStage(collect, from_graph),
+        "layers": EStage(look, from_layers),
+        "likelihood": EStage(collect, likeliest),
+    }[s.start]
 
     def predict(params: Params, cluster: Clusters, batch: Batch, key: PRNGKeyArray) -> Array:
         mean, variance = encode(params, ranged(batch))
@@ -542,15 +549,14 @@ def _method(
     def sample(params: Params, cluster: Clusters, key: PRNGKeyArray, component: Array) -> Array:
         """Equation (6): one example in network scale for each component given [b], -1 for any."""
         c_key, z_key, x_key = jax.random.split(key, 3)
-        n = component.shape[0]
-        mixture = cluster.mixture
-        drawn = jax.random.categorical(c_key, mixture.log_weights, shape=(n,))
+        b, mixture = component.shape[0], cluster.mixture
+        drawn = jax.random.categorical(c_key, mixture.log_weights, shape=(b,))
         component = jnp.where(component < 0, drawn, component)
-        z, _ = gmm.sample(mixture, z_key, n, component=component, temperature=s.sample_temperature)
+        z, _ = gmm.sample(mixture, z_key, b, component=component, temperature=s.sample_temperature)
 
         def estimate(keep: float) -> sampling.Denoise:
             def denoise(x_t: Array, log_snr: Array) -> Array:
-                out = denoiser.apply(params["denoiser"], x_t, level(log_snr), z, jnp.full(n, keep))
+                out = denoiser.apply(params["denoiser"], x_t, level(log_snr), z, jnp.full(b, keep))
                 return schedule.to_x0(out, x_t, log_snr, prediction=prediction)
 
             return denoise
@@ -559,7 +565,7 @@ def _method(
         levels = _levels(s, grid, noise)
         # The bounds of [-1, 1] also bound [0, 1] well enough for the sampler to stay on the data.
         clip = 1.0 if spec.is_image else None
-        x = sampling.ddim(denoise, levels, x_key, (n, *spec.shape), clip=clip)
+        x = sampling.ddim(denoise, levels, x_key, (b, *spec.shape), clip=clip)
         return 2.0 * x - 1.0 if s.unit_range else x
 
     phases = {
@@ -576,7 +582,7 @@ def _method(
             _optimiser(s, em_iterations * steps, constant=s.balance_iterations * steps),
             em_iterations,
             steps,
-            begin=EStage(look, first_mixture),
+            begin=begin,
             refresh=EStage(collect, e_step),
             ema=s.ema,
         ),
@@ -603,7 +609,7 @@ def _levels(s: ClusterDDPM, grid: Schedule, noise: Noise) -> Float[Array, " step
     return jnp.linspace(low, high, s.sample_steps)
 
 
-def _check(s: ClusterDDPM) -> None:
+def _check(s: ClusterDDPM, spec: DataSpec) -> None:
     counts = (
         "latent width num_steps pretrain_iterations em_iterations mixture_iterations"
         " anchors mixture_restarts sample_steps"
@@ -630,6 +636,13 @@ def _check(s: ClusterDDPM) -> None:
         raise InputError(
             f"--config.method.attention={s.attention}: levels are numbered from 0 to "
             f"{len(s.multipliers) - 1}, one for each of --config.method.multipliers"
+        )
+    official = s.network == "official" and spec.is_image
+    if s.start == "layers" and (official or not s.drop_latent):
+        remedy = "network=unet" if official else "drop_latent above 0"
+        raise InputError(
+            "--config.method.start=layers: needs a denoiser whose layers can be seen without a "
+            f"latent; set --config.method.{remedy}, or --config.method.start=graph"
         )
     if s.sample_guidance and not s.drop_latent:
         raise InputError(

@@ -93,7 +93,8 @@ class DiEC:
             the weights, come from the model instead where one is imported.
         held_out: share of examples that the denoiser is never trained on, and is tested on.
         pretrain_iterations: of the first phase.
-        layer: name of the layer to use, ``middle`` for the bottleneck; empty to search.
+        layer: name of the layer to use, ``middle`` for the bottleneck; empty to search. The
+            groups of the ``graph`` are those of all layers whichever it is.
         timestep: timestep to use; -1 to search.
         strategy: ``grid`` compares all layers at all timesteps; ``golden`` and ``ternary``
             narrow the timestep down for one given layer.
@@ -108,7 +109,7 @@ class DiEC:
         whiten: give all of them the same variance.
         unit: give all examples the same length after that, so that directions are clustered.
         search_restarts: of k-means in every cell of the search.
-        restarts: of k-means, and of the groups below, on all the data at the chosen cell.
+        restarts: of k-means at the chosen cell, and of the groups below, on all the data.
         start: the partition that training begins with: ``graph``, the communities of the
             neighbour graph of all layers at the chosen timestep, or ``kmeans`` at the chosen
             cell, which suits groups of very different sizes better.
@@ -367,10 +368,6 @@ def _method(s: DiEC, denoiser: Denoiser, spec: DataSpec) -> Method:
     def images(params: Params, cluster: Clusters, batch: Batch, key: PRNGKeyArray) -> Array:
         return batch["image"]
 
-    def trimmed(tree: Any) -> Any:
-        """Without padding, but where examples are spread over devices: it keeps parts equal."""
-        return tree if spread.parts() > 1 else jax.tree.map(lambda a: a[:n], tree)
-
     def begin(
         params: Params,
         cluster: Clusters,
@@ -381,15 +378,15 @@ def _method(s: DiEC, denoiser: Denoiser, spec: DataSpec) -> Method:
     ) -> tuple[Params, Clusters, Metrics]:
         subset_key, score_key, axes_key, kmeans_key, sample_key = jax.random.split(key, 5)
         graph_key = jax.random.fold_in(kmeans_key, 1)
-        x, weight = trimmed((x, weight))
+        x, weight = spread.trimmed((x, weight), n)
         examples = jax.random.permutation(subset_key, n)[:m].astype(jnp.int32)
-        found = explore(params, Table(x, n).take(examples), score_key)
-        timesteps, cells = found
+        some = Table(x, n).take(examples)
+        timesteps, cells = explore(params, some, score_key)
         agreed, value = compare(cells)
         best, layer = jnp.unravel_index(value.argmax(), value.shape)
         layer, timestep = layer.astype(jnp.int32), timesteps[best]
 
-        projections, everywhere = all_projected(params, x, timestep, examples, axes_key)
+        projections, everywhere = all_projected(params, x, some, timestep, axes_key)
         projection, e = jax.tree.map(lambda leaf: leaf[layer], (projections, everywhere))
         found = kmeans(kmeans_key, e, k, weight=weight, restarts=s.restarts, max_iterations=100)
         labels, centers = found.labels.astype(jnp.int32), found.centers
@@ -420,9 +417,9 @@ def _method(s: DiEC, denoiser: Denoiser, spec: DataSpec) -> Method:
         return {**params, "centers": centers}, cluster, {}
 
     def all_projected(
-        params: Params, x: Array, timestep: Array, examples: Array, key: PRNGKeyArray
+        params: Params, x: Array, some: Array, timestep: Array, key: PRNGKeyArray
     ) -> tuple[Projection, Array]:
-        """Projections of all layers and what they make of x, e, [layers, n, d]."""
+        """Projections of all layers, fitted to some, and what they make of x, e, [layers, n, d]."""
 
         def fit(h: Array) -> Projection:
             found = search.principal(key, h, d)
@@ -435,7 +432,7 @@ def _method(s: DiEC, denoiser: Denoiser, spec: DataSpec) -> Method:
             apply = functools.partial(search.project, unit=s.unit)
             return jax.vmap(apply)(projections, at_timestep(block))
 
-        projections = jax.vmap(fit)(features.in_blocks(at_timestep, Table(x, n).take(examples)))
+        projections = jax.vmap(fit)(features.in_blocks(at_timestep, some))
         return projections, features.in_blocks(project, x)
 
     def compare(cells: Cell) -> tuple[Array, Array]:
@@ -550,7 +547,7 @@ def _method(s: DiEC, denoiser: Denoiser, spec: DataSpec) -> Method:
         key: PRNGKeyArray,
         progress: Array,
     ) -> tuple[Params, Clusters, Metrics]:
-        ((z, log_q), errors), weight = trimmed((collected, weight))
+        ((z, log_q), errors), weight = spread.trimmed((collected, weight), n)
         make = {"student": targets.target_distribution, "sinkhorn": targets.sinkhorn_target}
         target, labels = make[s.target](log_q, weight), log_q.argmax(-1).astype(jnp.int32)
         learnt = progress > 0
