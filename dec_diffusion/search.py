@@ -15,97 +15,27 @@ hence (2), which is 1 without groups, and (3), which needs no scale. Both can fa
 sees groups of its own; what many cells find, (4), is more likely to be in the data. Cells of an
 effective rank below K / 2 are left out: one odd direction is not K groups.
 
-Sources: (1) Calinski and Harabasz 1974, the score of DiEC's first version (second-hand); the
-principal axes by subspace iteration after Halko et al. 2011, "Finding structure with
-randomness"; (2) to (6) are ours, (4) after the consensus of cluster ensembles (Strehl and Ghosh
-2002).
+Sources: (1) Calinski and Harabasz 1974, the score of DiEC's first version (second-hand); (2) to
+(6) are ours, (4) after the consensus of cluster ensembles (Strehl and Ghosh 2002).
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 
+from dec_diffusion import pca
 from dec_diffusion.kmeans import kmeans
 from dec_diffusion.types import Array, Bool, Float, Int, PRNGKeyArray, pytree
 
 Score = Literal["rank", "corrected", "stability", "consensus", "chi"]
 """By which of (1) to (5) cells are compared."""
 
-_OVERSAMPLE = 8  # axes of the random subspace beyond those asked for
+Strategy = Literal["grid", "golden", "ternary"]
+"""``grid`` tries all layers; the others narrow the timestep down for one."""
+
 _MOST = 2**25  # elements of the memberships of all cells: 128 MiB
-
-
-# -- features to few dimensions --
-
-
-@pytree
-class Projection:
-    """Principal axes: ``(x - mean) @ axes`` has the variances ``variance``, largest first."""
-
-    mean: Float[Array, " D"]
-    axes: Float[Array, "D d"]
-    variance: Float[Array, " d"]
-
-
-def principal(
-    key: PRNGKeyArray, x: Float[Array, "m D"], dims: int, *, iterations: int = 4
-) -> Projection:
-    """The first ``dims`` principal axes of ``x``, by randomised subspace iteration.
-
-    Costs 4 m D (dims + 8) operations an iteration, where an exact decomposition would take D^3.
-    Axes without variance, and those beyond the columns of ``x`` if ``dims`` is more, are zero.
-    """
-    m, width = x.shape
-    mean = x.mean(0)
-    mean += (x - mean).mean(0)  # the rounding of a long sum
-    centred = x - mean
-    size = min(width, dims + _OVERSAMPLE)
-
-    def power(_: Any, basis: Array) -> Array:
-        return jnp.linalg.qr(centred.T @ (centred @ basis))[0]
-
-    start = jnp.linalg.qr(jax.random.normal(key, (width, size), x.dtype))[0]
-    basis = jax.lax.fori_loop(0, iterations, power, start)
-    inside = centred @ basis
-    variance, turn = jnp.linalg.eigh(inside.T @ inside / m)
-    # The mean is rounded, so that even constants seem to vary.
-    some = variance > jnp.square(8 * jnp.finfo(x.dtype).eps * jnp.linalg.norm(mean))
-    axes = jnp.where(some, basis @ turn, 0.0)[:, ::-1]
-    variance = jnp.where(some, variance, 0.0)[::-1]
-    missing = max(0, dims - size)
-    return Projection(
-        mean,
-        jnp.pad(axes[:, :dims], ((0, 0), (0, missing))),
-        jnp.pad(variance[:dims], (0, missing)),
-    )
-
-
-def whiten(projection: Projection) -> Projection:
-    """The same with axes scaled so that variances are 1; those without any variance go to 0."""
-    variance = projection.variance
-    some = variance > 1e-6 * variance[0]
-    scale = jnp.where(some, jax.lax.rsqrt(jnp.where(some, variance, 1.0)), 0.0)
-    return Projection(projection.mean, projection.axes * scale, some.astype(variance.dtype))
-
-
-def project(
-    projection: Projection, x: Float[Array, "... D"], *, unit: bool = False
-) -> Float[Array, "... d"]:
-    """Coordinates along the axes; with ``unit`` every row is scaled to the length sqrt(d)."""
-    coordinates = (x - projection.mean) @ projection.axes
-    return same_length(coordinates) if unit else coordinates
-
-
-def same_length(x: Float[Array, "... d"]) -> Float[Array, "... d"]:
-    """Every row scaled to a mean square of 1, so that only its direction counts."""
-    return x * jax.lax.rsqrt(jnp.square(x).mean(-1, keepdims=True) + 1e-12)
-
-
-def effective_rank(variance: Float[Array, " d"]) -> Float[Array, ""]:
-    """Equation (6), between 1 and d; 0 if there is no variance at all."""
-    return jnp.square(variance.sum()) / jnp.maximum(jnp.square(variance).sum(), 1e-30)
 
 
 # -- scores --
@@ -170,8 +100,8 @@ def score_cell(
     """
     axes_key, noise_key, whole_key, *half_keys = jax.random.split(key, 5)
     whole = halves.mean(0)
-    raw = principal(axes_key, whole, dims, iterations=2)
-    projection = whiten(raw) if whitened else raw
+    raw = pca.principal(axes_key, whole, dims, iterations=2)
+    axes = pca.whiten(raw) if whitened else raw
     m = whole.shape[0]
 
     def chi(key: PRNGKeyArray, x: Array) -> tuple[Array, Array]:
@@ -181,16 +111,16 @@ def score_cell(
 
     # The noise gets these variances exactly: those of a draw would scatter and raise its CHI.
     noise = jax.random.normal(noise_key, (max(m, dims), dims))
-    noise = jnp.linalg.qr(noise - noise.mean(0))[0][:m] * jnp.sqrt(m * projection.variance)
+    noise = jnp.linalg.qr(noise - noise.mean(0))[0][:m] * jnp.sqrt(m * axes.variance)
     # The four runs of k-means are one batch.
-    three = project(projection, jnp.concatenate([whole[None], halves]), unit=unit)
-    x = jnp.concatenate([three, (same_length(noise) if unit else noise)[None]])
+    three = pca.project(axes, jnp.concatenate([whole[None], halves]), unit=unit)
+    x = jnp.concatenate([three, (pca.same_length(noise) if unit else noise)[None]])
     values, labels = jax.vmap(chi)(jnp.stack([whole_key, *half_keys, noise_key]), x)
     return Cell(
         values[0],
         values[0] / jnp.maximum(values[3], 1e-30),
         rand_index(labels[1], labels[2], k),
-        effective_rank(raw.variance),
+        pca.effective_rank(raw.variance),
         labels[0].astype(jnp.int16),
     )
 
@@ -234,6 +164,26 @@ def comparable(cells: Cell, agreed: Float[Array, "*c"], score: Score, k: int) ->
     else:
         value = agreed if score == "consensus" else getattr(cells, score)
     return jnp.where(_kept(cells, k), value, -jnp.inf)
+
+
+def compare(
+    cells: Cell, k: int, *, score: Score, layer: int | None
+) -> tuple[Float[Array, "e layers"], Float[Array, "e layers"]]:
+    """``consensus`` of cells [e, layers], and what is ``comparable`` of them.
+
+    With a layer given by its number, its cells alone; the others have a consensus of 0 and are
+    left out.
+    """
+    if layer is None:
+        agreed = consensus(cells, k)
+        return agreed, comparable(cells, agreed, score, k)
+    own = jax.tree.map(lambda v: v[:, layer], cells)
+    agreed = consensus(own, k)
+    value = comparable(own, agreed, score, k)
+    return (
+        jnp.zeros(cells.chi.shape).at[:, layer].set(agreed),
+        jnp.full(cells.chi.shape, -jnp.inf).at[:, layer].set(value),
+    )
 
 
 def _kept(cells: Cell, k: int) -> Bool[Array, "*c"]:
@@ -357,6 +307,56 @@ def ternary(
 
     _, seen = jax.lax.scan(step, (jnp.int32(low), jnp.int32(high)), length=contractions)
     return jax.tree.map(lambda v: v.reshape(-1, *v.shape[2:]), seen)
+
+
+def explore(
+    evaluate: Callable[[Int[Array, ""]], Cell],
+    coarse: Sequence[int],
+    k: int,
+    *,
+    strategy: Strategy,
+    refine: int,
+    score: Score,
+    layer: int | None,
+) -> tuple[Int[Array, " e"], Cell]:
+    """Search timesteps: all of ``coarse`` and ``refine`` more, or between the first and last.
+
+    Args:
+        evaluate: from a timestep to the cells of all layers, [layers].
+        coarse: increasing timesteps; a single one is all that is tried.
+        k: number of clusters.
+        strategy: how to search; all but ``grid`` need a layer, and a score of single cells.
+        refine: further timesteps, of ``grid`` alone.
+        score: by which cells are compared.
+        layer: the number of the one that may be chosen, None for any.
+
+    Returns:
+        Timesteps and their cells, [e, layers], in the order of evaluation.
+    """
+    if strategy == "grid" or len(coarse) == 1:
+        return grid(
+            evaluate,
+            lambda cells: compare(cells, k, score=score, layer=layer)[1].max(-1),
+            jnp.asarray(coarse),
+            refine=refine if len(coarse) > 1 else 0,
+        )
+    return _NARROW[strategy](
+        evaluate, lambda cells: getattr(cells, score)[layer], coarse[0], coarse[-1]
+    )
+
+
+def evaluations(coarse: Sequence[int], *, strategy: Strategy, refine: int) -> int:
+    """How many timesteps ``explore`` visits."""
+    if strategy == "grid" or len(coarse) == 1:
+        return len(coarse) + (refine if len(coarse) > 1 else 0)
+    run = jax.eval_shape(
+        lambda v: _NARROW[strategy](lambda t: v, lambda f: f, coarse[0], coarse[-1])[0],
+        jax.ShapeDtypeStruct((), jnp.float32),
+    )
+    return run.shape[0]
+
+
+_NARROW = {"golden": golden_section, "ternary": ternary}
 
 
 def at_boundary(timesteps: Int[Array, " e"], best: Int[Array, ""]) -> Bool[Array, ""]:

@@ -37,6 +37,12 @@ from dec_diffusion.types import Array, Float, InputError, Int
 _TIE = 8
 
 
+def mean(values: Float[Array, "b *s"], weight: Float[Array, " b"]) -> Float[Array, "*s"]:
+    """The weighted mean over the first axis; 0 if there is no weight."""
+    total = jnp.sum(values * weight.reshape(weight.shape + (1,) * (values.ndim - 1)), axis=0)
+    return total / jnp.maximum(jnp.sum(weight), 1e-30)
+
+
 def log_student_t(
     z: Float[Array, "n d"], centers: Float[Array, "k d"], *, alpha: float = 1.0
 ) -> Float[Array, "n k"]:
@@ -107,7 +113,7 @@ def balance(
     weight = _weight(weight, log_q)
     q = jnp.exp(jnp.where(weight[:, None] > 0, log_q, 0))
     uniform = jnp.full_like(q[:1], -math.log(q.shape[1]))
-    return jnp.maximum(kl(_mean(q, weight)[None], uniform)[0], 0)
+    return jnp.maximum(kl(mean(q, weight)[None], uniform)[0], 0)
 
 
 @functools.partial(jax.jit, static_argnames=("k", "block"))
@@ -137,7 +143,7 @@ def neighbour_graph(
         raise InputError(f"neighbours = {k} for {n} examples: choose a number from 1 to {n - 1}")
     z = jax.lax.stop_gradient(z)
     valid, rows = _weight(weight, z) > 0, jnp.arange(z.shape[0])
-    center = _mean(z, valid.astype(z.dtype))
+    center = mean(z, valid.astype(z.dtype))
     y = jnp.where(valid[:, None], z - center, 0)
     if among is None:
         points, numbers, there = y, rows, valid
@@ -184,10 +190,10 @@ def graph_loss(
     weight = _weight(weight, z)
     valid = weight[:, None] > 0
     apart = jnp.where(valid[:, :, None], z[:, None] - neighbours, 0)
-    rough = _mean(jnp.sum(s * jnp.sum(apart * apart, axis=2), axis=1) / 2, weight)
+    rough = mean(jnp.sum(s * jnp.sum(apart * apart, axis=2), axis=1) / 2, weight)
     fixed = jax.lax.stop_gradient(z)
-    centred = jnp.where(valid, fixed - _mean(fixed, weight), 0)
-    scale = 2 * jnp.sum(_mean(centred * centred, weight))
+    centred = jnp.where(valid, fixed - mean(fixed, weight), 0)
+    scale = 2 * jnp.sum(mean(centred * centred, weight))
     return rough / jnp.where(scale > 0, scale, 1)
 
 
@@ -196,7 +202,7 @@ def label_change(
 ) -> Float[Array, ""]:
     """The share of rows, by weight, whose label differs."""
     changed = (new != old).astype(jnp.float32 if weight is None else weight.dtype)
-    return _mean(changed, _weight(weight, changed))
+    return mean(changed, _weight(weight, changed))
 
 
 def _weight(weight: Array | None, like: Array) -> Array:
@@ -212,12 +218,6 @@ def _log_weight(weight: Array | None, like: Array) -> Array:
 def _finite(log: Array) -> Array:
     """``log`` with 0 for minus infinity: a factor that is absent instead of a 0 to divide by."""
     return jnp.where(log > -jnp.inf, log, 0)
-
-
-def _mean(values: Array, weight: Array) -> Array:
-    """The weighted mean over the first axis; 0 if there is no weight."""
-    total = jnp.sum(values * weight.reshape(weight.shape + (1,) * (values.ndim - 1)), axis=0)
-    return total / jnp.maximum(jnp.sum(weight), 1e-30)
 
 
 def _simplex_weights(squares: Array) -> Array:

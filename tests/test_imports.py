@@ -26,6 +26,7 @@ LEAVES = {
     "targets",
     "sampling",
     "search",
+    "pca",
     "views",
 }
 

@@ -8,7 +8,7 @@ from scipy.stats import rankdata
 from sklearn.decomposition import PCA
 from sklearn.metrics import adjusted_rand_score, calinski_harabasz_score
 
-from dec_diffusion import search
+from dec_diffusion import pca, search
 from dec_diffusion.kmeans import kmeans
 
 K, M, D, DIMS, CELLS = 4, 256, 16, 8, 4
@@ -22,7 +22,7 @@ def scores(key, halves, *, whitened):
     return jax.vmap(one, in_axes=(None, 0))(key, halves)
 
 
-principal = jax.jit(search.principal, static_argnames="dims")
+principal = jax.jit(pca.principal, static_argnames="dims")
 # K-means of one shape, for the same reason.
 cluster = functools.partial(kmeans, k=K, restarts=4, max_iterations=50)
 
@@ -145,7 +145,7 @@ def test_principal_axes_equal_scikit_learn(m, width, dims, decay, tolerance):
     # Cosines of the angles between the subspaces.
     cosines = np.linalg.svd(np.asarray(exact.components_)[:rank] @ axes, compute_uv=False)
     assert cosines.min() > 1 - 5 * tolerance
-    at = np.asarray(search.project(found, x), np.float64)
+    at = np.asarray(pca.project(found, x), np.float64)
     np.testing.assert_allclose(at.T @ at / m, np.diag(found.variance), atol=1e-4 * scale)
 
 
@@ -171,9 +171,9 @@ def test_axes_beyond_the_columns_are_zero():
 @pytest.mark.parametrize("scale", [1e-3, 1e3])
 def test_whitening_gives_unit_variance_where_there_is_any(scale):
     x = scale * gaussian(0, (100, 3), 2.0) @ gaussian(1, (3, 7)) + scale
-    found = search.whiten(principal(KEY, x, 5))
+    found = pca.whiten(principal(KEY, x, 5))
     np.testing.assert_array_equal(found.variance, [1, 1, 1, 0, 0])
-    at = np.asarray(search.project(found, x))
+    at = np.asarray(pca.project(found, x))
     np.testing.assert_allclose(at.std(0), found.variance, atol=1e-3)
     np.testing.assert_array_equal(at[:, 3:], 0)
 
@@ -183,7 +183,7 @@ def test_whitening_gives_unit_variance_where_there_is_any(scale):
     [(np.ones(7), 7), ([5, 0, 0], 1), ([3, 1], 1.6), (np.zeros(3), 0), ([2e6, 2e6], 2)],
 )
 def test_effective_rank(variance, expected):
-    value = search.effective_rank(jnp.asarray(variance, jnp.float32))
+    value = pca.effective_rank(jnp.asarray(variance, jnp.float32))
     np.testing.assert_allclose(value, expected, rtol=1e-6)
 
 

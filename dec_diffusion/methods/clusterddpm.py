@@ -36,9 +36,9 @@ from dec_diffusion import (
     gmm,
     optimiser,
     parts,
+    pca,
     sampling,
     schedule,
-    search,
     spread,
     views,
 )
@@ -467,8 +467,8 @@ def _method(
         """Each layer along its principal axes, of variance 1 and one length, [n, d]."""
 
         def projected(some: Array, layer: Array) -> Array:
-            axes = search.whiten(search.principal(key, some, _AXES))
-            return search.project(axes, layer, unit=True)
+            axes = pca.whiten(pca.principal(key, some, _AXES))
+            return pca.project(axes, layer, unit=True)
 
         some = Table(layers, n).take(jnp.asarray(anchors, jnp.int32))
         e = jax.vmap(projected, in_axes=1, out_axes=1)(some, layers)

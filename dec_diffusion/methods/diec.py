@@ -38,6 +38,7 @@ from dec_diffusion import (
     communities,
     features,
     optimiser,
+    pca,
     sampling,
     schedule,
     search,
@@ -56,8 +57,9 @@ from dec_diffusion.method import (
     check_settings,
 )
 from dec_diffusion.networks import denoiser_network, residual_map
+from dec_diffusion.pca import Projection
 from dec_diffusion.schedule import Schedule
-from dec_diffusion.search import Cell, Projection
+from dec_diffusion.search import Cell
 from dec_diffusion.spread import Table
 from dec_diffusion.types import (
     Array,
@@ -161,7 +163,7 @@ class DiEC:
     pretrain_iterations: int = 30
     layer: str = ""
     timestep: int = -1
-    strategy: Literal["grid", "golden", "ternary"] = "grid"
+    strategy: search.Strategy = "grid"
     score: search.Score = "rank"
     timesteps: int = 21
     refine: int = 6
@@ -292,6 +294,7 @@ def _method(s: DiEC, denoiser: Denoiser, spec: DataSpec) -> Method:
     layers, width = extract.layers, extract.width
     coarse = _timesteps(s, grid)
     _check_fit(s, layers, spec)
+    given_layer = layers.index(s.layer) if s.layer else None
     held_out = np.random.default_rng(0).random(n) < s.held_out
     anchors = communities.some(n, s.anchors)
 
@@ -301,7 +304,7 @@ def _method(s: DiEC, denoiser: Denoiser, spec: DataSpec) -> Method:
     def projected(params: Params, cluster: Clusters, x: Array) -> Array:
         """e of equation (2), [b, d]."""
         h = features.halves(extract, params["denoiser"], x, cluster.timestep, cluster.layer)
-        return search.project(cluster.projection, h.mean(0), unit=s.unit)
+        return pca.project(cluster.projection, h.mean(0), unit=s.unit)
 
     def assign(params: Params, e: Array) -> tuple[Array, Array]:
         """z and log q, equations (4) and (5)."""
@@ -316,9 +319,9 @@ def _method(s: DiEC, denoiser: Denoiser, spec: DataSpec) -> Method:
             "map": residual.init(map_key, jnp.zeros((1, d))),
             "centers": jnp.zeros((k, d)),
         }
-        e, shape = _evaluations(s, coarse), (_evaluations(s, coarse), len(layers))
-        zeros, none = jnp.zeros(shape), jnp.int32(0)
-        cells = Cell(zeros, zeros, zeros, zeros, jnp.zeros((*shape, m), jnp.int16))
+        e = search.evaluations(coarse, strategy=s.strategy, refine=s.refine)
+        zeros, none = jnp.zeros((e, len(layers))), jnp.int32(0)
+        cells = Cell(zeros, zeros, zeros, zeros, jnp.zeros((*zeros.shape, m), jnp.int16))
         return params, Clusters(
             layer=none,
             timestep=none,
@@ -360,7 +363,7 @@ def _method(s: DiEC, denoiser: Denoiser, spec: DataSpec) -> Method:
     ) -> tuple[Array, tuple[Clusters, Metrics]]:
         x_t, log_snr, goal = noised(batch["image"], key)
         out = network.apply(params["denoiser"], x_t, log_snr)
-        loss = _mean(error(goal, out), trained(batch))
+        loss = targets.mean(error(goal, out), trained(batch))
         return loss, (cluster, {"denoising": loss})
 
     # -- search, equations (2) and (3) --
@@ -382,7 +385,7 @@ def _method(s: DiEC, denoiser: Denoiser, spec: DataSpec) -> Method:
         examples = jax.random.permutation(subset_key, n)[:m].astype(jnp.int32)
         some = Table(x, n).take(examples)
         timesteps, cells = explore(params, some, score_key)
-        agreed, value = compare(cells)
+        agreed, value = search.compare(cells, k, score=s.score, layer=given_layer)
         best, layer = jnp.unravel_index(value.argmax(), value.shape)
         layer, timestep = layer.astype(jnp.int32), timesteps[best]
 
@@ -422,32 +425,18 @@ def _method(s: DiEC, denoiser: Denoiser, spec: DataSpec) -> Method:
         """Projections of all layers, fitted to some, and what they make of x, e, [layers, n, d]."""
 
         def fit(h: Array) -> Projection:
-            found = search.principal(key, h, d)
-            return search.whiten(found) if s.whiten else found
+            found = pca.principal(key, h, d)
+            return pca.whiten(found) if s.whiten else found
 
         def at_timestep(block: Array) -> Array:
             return features.halves(extract, params["denoiser"], block, timestep).mean(0)
 
         def project(block: Array) -> Array:
-            apply = functools.partial(search.project, unit=s.unit)
+            apply = functools.partial(pca.project, unit=s.unit)
             return jax.vmap(apply)(projections, at_timestep(block))
 
         projections = jax.vmap(fit)(features.in_blocks(at_timestep, some))
         return projections, features.in_blocks(project, x)
-
-    def compare(cells: Cell) -> tuple[Array, Array]:
-        """The consensus of cells, and by what they are compared; of one layer if one is given."""
-        if not s.layer:
-            agreed = search.consensus(cells, k)
-            return agreed, search.comparable(cells, agreed, s.score, k)
-        at = layers.index(s.layer)
-        own = jax.tree.map(lambda v: v[:, at], cells)
-        agreed = search.consensus(own, k)
-        value = search.comparable(own, agreed, s.score, k)
-        return (
-            jnp.zeros(cells.chi.shape).at[:, at].set(agreed),
-            jnp.full(cells.chi.shape, -jnp.inf).at[:, at].set(value),
-        )
 
     def explore(params: Params, x: Array, key: PRNGKeyArray) -> tuple[Array, Cell]:
         """Timesteps and the scores of all layers at each."""
@@ -463,17 +452,15 @@ def _method(s: DiEC, denoiser: Denoiser, spec: DataSpec) -> Method:
                 in_axes=1,
             )(halves)
 
-        if s.strategy == "grid" or len(coarse) == 1:
-            refine = s.refine if len(coarse) > 1 else 0
-            return search.grid(
-                evaluate,
-                lambda cells: compare(cells)[1].max(-1),
-                jnp.asarray(coarse),
-                refine=refine,
-            )
-        narrow = {"golden": search.golden_section, "ternary": search.ternary}[s.strategy]
-        layer = layers.index(s.layer)
-        return narrow(evaluate, lambda cells: getattr(cells, s.score)[layer], coarse[0], coarse[-1])
+        return search.explore(
+            evaluate,
+            coarse,
+            k,
+            strategy=s.strategy,
+            refine=s.refine,
+            score=s.score,
+            layer=given_layer,
+        )
 
     # -- clustering, equations (5) and (6) --
 
@@ -489,7 +476,7 @@ def _method(s: DiEC, denoiser: Denoiser, spec: DataSpec) -> Method:
             metrics["denoising"] = denoising
         out = [assign(params, e) for e in seen]
         z, log_q = out[0]
-        clustering = _mean(targets.kl(cluster.target.take(index), log_q), weight)
+        clustering = targets.mean(targets.kl(cluster.target.take(index), log_q), weight)
         near, similarity = cluster.neighbours.take(index), cluster.similarity.take(index)
         structure = targets.graph_loss(z, cluster.anchors[near], similarity, weight)
         balance = targets.balance(log_q, weight)
@@ -500,7 +487,7 @@ def _method(s: DiEC, denoiser: Denoiser, spec: DataSpec) -> Method:
                 targets.kl(jax.lax.stop_gradient(jnp.exp(log_q)), other)
                 + targets.kl(jax.lax.stop_gradient(jnp.exp(other)), log_q)
             )
-            metrics["disagreement"] = _mean(apart, weight)
+            metrics["disagreement"] = targets.mean(apart, weight)
             total += s.consistency * metrics["disagreement"]
         metrics |= {"kl": clustering, "structure": structure, "balance": balance}
         return total, (cluster, metrics)
@@ -525,8 +512,8 @@ def _method(s: DiEC, denoiser: Denoiser, spec: DataSpec) -> Method:
             jnp.concatenate([log_snr] * len(inputs) + [random_level]),
         )
         h = h[cluster.layer, : len(inputs) * b].reshape(count, 2, b, width).mean(1)
-        e = search.project(cluster.projection, h, unit=s.unit)
-        return list(e), _mean(error(goal, out[len(inputs) * b :]), trained(batch))
+        e = pca.project(cluster.projection, h, unit=s.unit)
+        return list(e), targets.mean(error(goal, out[len(inputs) * b :]), trained(batch))
 
     def collect(params: Params, cluster: Clusters, batch: Batch, key: PRNGKeyArray) -> Any:
         x, index = batch["image"], batch["index"]
@@ -559,7 +546,7 @@ def _method(s: DiEC, denoiser: Denoiser, spec: DataSpec) -> Method:
         change = targets.label_change(labels, cluster.labels.values, weight)
         # Padded here and not by the program, which would move rows between devices for it.
         tested = np.pad(held_out if held_out.any() else ~held_out, (0, len(weight) - n))
-        now = _mean(errors, jnp.asarray(tested, jnp.float32))
+        now = targets.mean(errors, jnp.asarray(tested, jnp.float32))
         before = jnp.where(progress > 0, cluster.denoising[0], now)
         points = Table(z, n).take(jnp.asarray(anchors, jnp.int32))
         neighbours, similarity = targets.neighbour_graph(
@@ -577,7 +564,7 @@ def _method(s: DiEC, denoiser: Denoiser, spec: DataSpec) -> Method:
         info = {
             "label_change": change,
             "held_out_denoising": now,
-            "confidence": _mean(jnp.exp(log_q.max(-1)), weight),
+            "confidence": targets.mean(jnp.exp(log_q.max(-1)), weight),
             "converged": learnt & (change < s.tolerance),
         }
         return params, cluster, info
@@ -682,28 +669,12 @@ def _check_fit(s: DiEC, layers: tuple[str, ...], spec: DataSpec) -> None:
         )
 
 
-def _mean(x: Array, weight: Array) -> Array:
-    return jnp.sum(x * weight) / jnp.maximum(weight.sum(), 1e-30)
-
-
 def _timesteps(s: DiEC, grid: Schedule) -> list[int]:
     """Where the search looks first."""
     last = grid.log_snr.shape[0] - 1
     if s.timestep >= 0:
         return [min(s.timestep, last)]
     return sorted({round(t) for t in np.linspace(0, s.largest_timestep * last, s.timesteps)})
-
-
-def _evaluations(s: DiEC, coarse: list[int]) -> int:
-    """How many timesteps the search visits."""
-    shape = jax.ShapeDtypeStruct((), jnp.float32)
-    if s.strategy == "grid" or len(coarse) == 1:
-        return len(coarse) + (s.refine if len(coarse) > 1 else 0)
-    narrow = {"golden": search.golden_section, "ternary": search.ternary}[s.strategy]
-    run = jax.eval_shape(
-        lambda v: narrow(lambda t: v, lambda f: f, coarse[0], coarse[-1])[0], shape
-    )
-    return run.shape[0]
 
 
 def _optimiser(s: DiEC, steps: int, rate: float) -> optax.GradientTransformation:

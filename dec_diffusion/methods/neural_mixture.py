@@ -37,7 +37,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from dec_diffusion import optimiser, views
+from dec_diffusion import optimiser, targets, views
 from dec_diffusion.method import DataSpec, EStage, Method, Phase, Rule, check_settings
 from dec_diffusion.networks import Network, classifier_network
 from dec_diffusion.types import (
@@ -195,8 +195,8 @@ def normaliser(
     zero = jnp.zeros_like(scores[0])
     if density == "X":
         return Normaliser(zero, zero + 1.0, _log_mean_exp(scores, weight))
-    mean = _mean(scores, weight)
-    variance = _mean(jnp.square(scores - mean), weight) + eps
+    mean = targets.mean(scores, weight)
+    variance = targets.mean(jnp.square(scores - mean), weight) + eps
     if density == "S":
         return Normaliser(mean, variance, zero - jnp.log(2.0))
     squashed = jax.nn.log_sigmoid(gain * (scores - mean) * jax.lax.rsqrt(variance))
@@ -235,7 +235,7 @@ def em_loss(
     gamma: Float[Array, "n *h k"], log_joint: Float[Array, "n *h k"], weight: Float[Array, " n"]
 ) -> Float[Array, "*h"]:
     """Equation (5): the negative expected log-likelihood of examples and clusters, in nats."""
-    return -_mean(jnp.sum(gamma * log_joint, -1), weight)
+    return -targets.mean(jnp.sum(gamma * log_joint, -1), weight)
 
 
 def swapped_loss(
@@ -255,7 +255,7 @@ def log_mixture(
     log_joint: Float[Array, "n *h k"], weight: Float[Array, " n"]
 ) -> Float[Array, "*h"]:
     """<log sum_k pi_k p_ik>, the log-likelihood against the data measure, in nats."""
-    return _mean(jax.nn.logsumexp(log_joint, -1), weight)
+    return targets.mean(jax.nn.logsumexp(log_joint, -1), weight)
 
 
 def update_prior(
@@ -278,7 +278,7 @@ def update_prior(
         strength: share of the uniform distribution in what pi moves towards.
     """
     k = log_prior.shape[-1]
-    share = (1.0 - strength) * _mean(gamma, weight) + strength / k
+    share = (1.0 - strength) * targets.mean(gamma, weight) + strength / k
     prior = jnp.maximum((1.0 - rate) * jnp.exp(log_prior) + rate * share, floor / k)
     return jax.lax.stop_gradient(jnp.log(prior / prior.sum(-1, keepdims=True)))
 
@@ -297,7 +297,7 @@ def effective_clusters(
     gamma: Float[Array, "n *h k"], weight: Float[Array, " n"]
 ) -> Float[Array, "*h"]:
     """exp of the entropy of the mean assignment: K if all are used alike, 1 if one takes all."""
-    share = _mean(gamma, weight)
+    share = targets.mean(gamma, weight)
     return jnp.exp(jax.scipy.special.entr(share).sum(-1))
 
 
@@ -305,7 +305,7 @@ def duplicates(
     log_p: Float[Array, "n *h k"], weight: Float[Array, " n"], *, threshold: float = 0.95
 ) -> Float[Array, "*h"]:
     """How many neurons repeat an earlier one: their densities correlate above ``threshold``."""
-    centred = (log_p - _mean(log_p, weight)) * jnp.sqrt(_over(weight, log_p))
+    centred = (log_p - targets.mean(log_p, weight)) * jnp.sqrt(_over(weight, log_p))
     covariance = jnp.einsum("n...j,n...k->...jk", centred, centred, precision="highest")
     scale = jnp.sqrt(jnp.diagonal(covariance, axis1=-2, axis2=-1)) + 1e-12
     correlation = covariance / (scale[..., None] * scale[..., None, :])
@@ -317,7 +317,7 @@ def agreement(
     u: Float[Array, "n *h k"], v: Float[Array, "n *h k"], weight: Float[Array, " n"]
 ) -> Float[Array, "*h"]:
     """Share of examples whose most probable cluster is the same in both views."""
-    return _mean((u.argmax(-1) == v.argmax(-1)).astype(u.dtype), weight)
+    return targets.mean((u.argmax(-1) == v.argmax(-1)).astype(u.dtype), weight)
 
 
 def temperature(
@@ -332,7 +332,7 @@ def temperature(
         low, high = bounds
         middle = 0.5 * (low + high)
         largest = jax.nn.softmax(log_joint / jnp.exp(middle)[..., None], axis=-1).max(-1)
-        too_sure = _mean(largest, weight) > confidence
+        too_sure = targets.mean(largest, weight) > confidence
         return jnp.where(too_sure, middle, low), jnp.where(too_sure, high, middle)
 
     bound = jnp.full(confidence.shape, jnp.log(1e4), log_joint.dtype)
@@ -347,10 +347,6 @@ def _wide(x: Array) -> Array:
 def _over(weight: Array, x: Array) -> Array:
     """The weights, against the leading axis of ``x``."""
     return weight.reshape(-1, *[1] * (x.ndim - 1))
-
-
-def _mean(x: Array, weight: Array) -> Array:
-    return jnp.sum(x * _over(weight, x), axis=0) / weight.sum()
 
 
 def _log_mean_exp(x: Array, weight: Array) -> Array:
@@ -466,7 +462,7 @@ def _method(s: NeuralMixture, network: Network, spec: DataSpec) -> Method:
             cluster = dataclasses.replace(cluster, log_prior=prior)
         metrics = {
             "log_mixture": log_mixture(joints[0], weight).mean(),
-            "confidence": _mean(responsibilities(joints[0], 1.0).max(-1), weight).mean(),
+            "confidence": targets.mean(responsibilities(joints[0], 1.0).max(-1), weight).mean(),
         }
         return value, (cluster, metrics)
 
