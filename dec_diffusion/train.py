@@ -212,6 +212,9 @@ def _run(
             phase, data, phase_key, batch_size=batch_size, shard_params=shard
         )
         if first == 0:
+            if phase.begin is not None:
+                # It looks at all examples, which can take as long as the phase before.
+                progress.note(f"{name}: finding the groups to begin with ...")
             state, _ = begin(state)
         scores: dict[str, float] = {}
         for iteration in range(first + 1, phase.iterations + 1):

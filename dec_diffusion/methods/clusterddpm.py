@@ -23,6 +23,7 @@ what each does are listed in docs/clusterddpm.md.
 """
 
 import dataclasses
+import functools
 import math
 from typing import Any, Literal, NamedTuple
 
@@ -419,23 +420,22 @@ def _method(
         mean, variance = latents
         balanced = progress < balanced_share
 
-        def fitted() -> Mixture:
-            return gmm.fit(
-                cluster.mixture,
-                mean,
-                variance,
-                weight=weight,
-                iterations=s.mixture_iterations,
-                # Balancing moves the weights while the likelihood hardly changes.
-                tol=jnp.where(balanced, 0.0, 1e-3),
-                balance=jnp.where(balanced, 1.0, 0.0),
-                **guards,
-            ).mixture
-
-        def given() -> Mixture:
-            return of_groups(cluster.start.values, cluster, *spread.trimmed((latents, weight), n))
-
-        mixture = jax.lax.cond(held(progress), given, fitted) if s.start == "layers" else fitted()
+        mixture = gmm.fit(
+            cluster.mixture,
+            mean,
+            variance,
+            weight=weight,
+            iterations=s.mixture_iterations,
+            # Balancing moves the weights while the likelihood hardly changes.
+            tol=jnp.where(balanced, 0.0, 1e-3),
+            balance=jnp.where(balanced, 1.0, 0.0),
+            **guards,
+        ).mixture
+        if s.start == "layers":
+            rows = spread.trimmed((latents, weight), n)
+            given = of_groups(cluster.start.values, cluster, *rows)
+            # Both are cheap, and what is chosen by a condition may not wait for other devices.
+            mixture = jax.tree.map(functools.partial(jnp.where, held(progress)), given, mixture)
         # While balancing, weights are multipliers, not shares, and none can die; nor while held.
         threshold = jnp.where(balanced | held(progress), 0.0, s.reseed_below / k)
         mixture, dead = gmm.reseed_dead(mixture, threshold=threshold)
