@@ -419,7 +419,6 @@ def _method(
     ) -> tuple[Params, Clusters, Metrics]:
         mean, variance = latents
         balanced = progress < balanced_share
-
         mixture = gmm.fit(
             cluster.mixture,
             mean,
@@ -434,7 +433,7 @@ def _method(
         if s.start == "layers":
             rows = spread.trimmed((latents, weight), n)
             given = of_groups(cluster.start.values, cluster, *rows)
-            # Both are cheap, and what is chosen by a condition may not wait for other devices.
+            # Both are cheap; sums over devices behind a condition could wait for each other.
             mixture = jax.tree.map(functools.partial(jnp.where, held(progress)), given, mixture)
         # While balancing, weights are multipliers, not shares, and none can die; nor while held.
         threshold = jnp.where(balanced | held(progress), 0.0, s.reseed_below / k)
