@@ -384,8 +384,8 @@ def test_the_groups_of_the_graph_are_held_until_the_latents_have_learnt_them():
     def after(progress: float, hold: float = 0.3) -> clusterddpm.Clusters:
         refresh = built(hold).phases["em"].refresh
         assert refresh is not None
-        seen = mean, variance
-        return refresh.update({}, cluster, seen, jnp.ones(n), jax.random.key(0), progress)[1]
+        update = jax.jit(refresh.update)
+        return update({}, cluster, (mean, variance), jnp.ones(n), jax.random.key(0), progress)[1]
 
     held, free = after(0.2), after(0.4)
     for a, b in zip(jax.tree.leaves(after(1.0, hold=1.0)), jax.tree.leaves(held), strict=True):
