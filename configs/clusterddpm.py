@@ -79,10 +79,6 @@ _PAPER = {
     "sample_temperature": 1.0,
 }
 
-# After few steps the layers of the denoiser tell groups apart that its latents do not. Balancing
-# would undo groups of unequal size.
-_LAYERS = {"start": "layers", "balance_iterations": 0, "em_iterations": 24}
-
 _SMALL = {"width": 8, "multipliers": (1, 2, 2), "encoder_blocks": 0}
 
 VARIANTS: Variants = {
@@ -94,8 +90,16 @@ VARIANTS: Variants = {
         {"name": "fashion-mnist"},
         {"batch_size": 256},
     ),
+    # After few steps the layers of the denoiser tell groups apart that its latents do not.
+    # Balancing would undo groups of unequal size.
     "usps": (
-        _LAYERS | {"multipliers": (1, 2, 2), "rotate": 8.0},
+        {
+            "multipliers": (1, 2, 2),
+            "rotate": 8.0,
+            "start": "layers",
+            "balance_iterations": 0,
+            "em_iterations": 24,
+        },
         {"name": "usps"},
         {},
     ),
