@@ -14,7 +14,7 @@ import jax
 import numpy as np
 
 from dec_diffusion import config as configs
-from dec_diffusion import data, distributed, report, results, seeds, train, workdir
+from dec_diffusion import data, distributed, reading, report, results, seeds, train, workdir
 from dec_diffusion.config import Config
 from dec_diffusion.data import DataConfig, Dataset
 from dec_diffusion.distributed import Pod
@@ -235,7 +235,7 @@ def _with_settings(trained: Run, config: Config, path: str) -> Run:
 
 def _dataset(trained: Run, verbose: int) -> Dataset:
     """The data of the config, under the scaling of the training data."""
-    dataset = data.load(trained.config.data, shape=trained.spec.shape, verbose=verbose)
+    dataset = reading.read(trained.config.data, shape=trained.spec.shape, verbose=verbose)
     if dataset.is_image and not 0.5 <= dataset.scale / np.max(trained.scale) <= 2.0:
         warnings.warn(
             f"{dataset.name}: its values span {_span(dataset.offset, dataset.scale)}, those of the "

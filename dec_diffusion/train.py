@@ -4,7 +4,6 @@
 is ``engine.em_iteration``, and what is done with a run afterwards is ``trained``.
 """
 
-import contextlib
 import dataclasses
 import os
 import time
@@ -27,6 +26,7 @@ from dec_diffusion import (
     num_clusters,
     parallel,
     placement,
+    reading,
     results,
     workdir,
 )
@@ -42,8 +42,6 @@ from dec_diffusion.trained import Run, build, kept_number, prepare, read_pretrai
 from dec_diffusion.types import AUTO, InputError, PRNGKeyArray, Rows
 
 _CHECKED_ROWS = 4096
-_READING = "input"
-_READING_SECONDS = 24 * 3600.0
 
 
 class NonFiniteLossError(FloatingPointError):
@@ -112,7 +110,7 @@ def fit(
     with distributed.together("setup"):
         # A scan over K may begin at 1, a run of the command line has something to find.
         least = 2 if dataset is None else 1
-        dataset = read(config.data, verbose=verbose) if dataset is None else dataset
+        dataset = reading.read(config.data, verbose=verbose) if dataset is None else dataset
         # All other settings are checked before K is chosen: any K that the data allow will do.
         asked, config = config, configs.resolved(config, 2)
         sources.check_clusters(
@@ -310,28 +308,6 @@ def _remaining(
             yield number, name, phase, 0
         elif number == at and after and after[1] < phase.iterations:
             yield number, name, phase, after[1]
-
-
-def read(config: sources.DataConfig, *, verbose: int) -> Dataset:
-    """The data, whose decoding the processes share; errors are those of ``data.load``.
-
-    What one process raises, all do, even those that wait for it.
-    """
-
-    def exchange(topic: str, text: str) -> list[str]:
-        texts = distributed.exchange(_READING, f" {text}", timeout=_READING_SECONDS)
-        for number, found in enumerate(texts):
-            if found.startswith("!"):
-                raise InputError(f"process {number} stopped: {found[1:]}")
-        return [found[1:] for found in texts]
-
-    team = sources.Team(jax.process_index(), jax.process_count(), exchange)
-    try:
-        return sources.load(config, team=team, verbose=verbose)
-    except Exception as error:
-        with contextlib.suppress(InputError):
-            distributed.exchange(_READING, f"!{error}", timeout=0.01)
-        raise
 
 
 def _choose(

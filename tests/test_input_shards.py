@@ -1,5 +1,6 @@
 """Input in several files: arrays mapped one after the other, and decoding shared by processes."""
 
+import csv
 import pathlib
 import socket
 import zlib
@@ -9,6 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+import dec_diffusion as dd
 from dec_diffusion import data, evaluate, num_clusters, train
 from dec_diffusion.data.shards import Shards
 from dec_diffusion.types import InputError
@@ -148,14 +150,14 @@ def test_a_stray_array_does_not_make_a_folder_of_images_one_of_arrays(tmp_path):
 READ = """
 import sys, warnings, zlib
 import numpy as np
-from dec_diffusion import data, distributed, train
+from dec_diffusion import data, distributed, reading
 from dec_diffusion.types import InputError
 address, number, name, path, cache, colour, broken = sys.argv[1:]
 config = data.DataConfig(name=name, path=path, cache=cache, colour=colour, broken=broken)
 warnings.simplefilter("ignore")
 with distributed.joined(distributed.Pod("on", address, 2, int(number), 120), verbose=False):
     try:
-        d = train.read(config, verbose=int(number == "0"))
+        d = reading.read(config, verbose=int(number == "0"))
     except InputError as error:
         print("refused", error)
     else:
@@ -255,3 +257,31 @@ def test_a_process_that_cannot_read_at_all_stops_those_that_wait_for_it(tmp_path
     outputs = [process.communicate(timeout=200)[0] for process in running]
     assert "elsewhere: does not exist" in outputs[1]
     assert "process 1 stopped: " in outputs[0] and "elsewhere: does not exist" in outputs[0]
+
+
+PREDICT = """
+import sys
+from dec_diffusion import main
+sys.exit(main.execute(["main", "--mode=predict", *sys.argv[1:]]))
+"""
+
+
+def test_processes_that_predict_share_the_decoding_too(tmp_path, start_python):
+    folder, kept, run = pictures(tmp_path / "a", {3}), tmp_path / "kept", tmp_path / "run"
+    settings = {"iterations": 1, "steps": 1, "networks": 1, "width": 8, "hidden": 8}
+    model = dd.NeuralMixture(3, settings=settings, batch_size=8).fit(IMAGES)
+    model.save(run)
+    options = [f"--workdir={run}", f"--config.data.path={folder}", f"--config.data.cache={kept}"]
+    address = f"localhost:{free_port()}"
+    pod = [f"--coordinator={address}", "--num_processes=2", "--distributed_timeout=120"]
+    running = [
+        start_python(PREDICT, *options, *pod, f"--process_id={i}", devices=1) for i in range(2)
+    ]
+    outputs = [process.communicate(timeout=200) for process in running]
+    assert [process.returncode for process in running] == [0, 0], outputs
+    (entry,) = kept.iterdir()
+    assert [len(np.load(file)) for file in sorted(entry.glob("images-*"))] == [11, 12]
+    with (run / "predict" / "assignments.csv").open(newline="") as file:
+        found = [int(row["cluster"]) for row in csv.DictReader(file)]
+    alone = load(folder, "folder", cache="none")
+    np.testing.assert_array_equal(found, model.predict(alone.examples))
