@@ -176,7 +176,9 @@ def merge(links: Float[Array, "m m"], k: int) -> Int[Array, " m"]:
         there = group == place  # a group has the number of its first member
         pairs = there[:, None] & there & (place[:, None] < place)
         gain = jnp.where(pairs, links - total[:, None] * total, -jnp.inf)
-        a, b = jnp.unravel_index(gain.argmax(), gain.shape)
+        # Row by row: on a CPU the place of the largest takes eight times as long as its value.
+        a = gain.max(1).argmax()
+        b = gain[a].argmax()
         links = links.at[a].add(links[b]).at[b].set(0.0)
         links = links.at[:, a].add(links[:, b]).at[:, b].set(0.0)
         return links, jnp.where(group == b, a, group)
