@@ -4,6 +4,7 @@ T numbers: T1 sampled and closed forms of the KL, T2 its Monte Carlo meaning, T3
 linear-Gaussian decoder, T5b information and denoising error, T8 the weight of the KL.
 """
 
+import dataclasses
 from typing import Any
 
 import jax
@@ -199,6 +200,18 @@ def test_larger_images_are_shown_with_more_noise(shape, expected):
     spec = DataSpec(shape, 100)
     np.testing.assert_allclose(clusterddpm.log_snr_mean(ClusterDDPM(), spec), expected)
     assert clusterddpm.log_snr_mean(ClusterDDPM(log_snr_mean=0.5), spec) == 0.5
+
+
+def test_the_sampler_stays_where_training_has_seen_noise():
+    """Beyond, at log-SNRs that it has never seen, a denoiser leaves grain on the images."""
+    noise = clusterddpm.Noise(-4.0, 0.5)
+    settings = ClusterDDPM(sample_steps=5)
+    grid = clusterddpm._schedule(settings)
+    levels = clusterddpm._levels(settings, grid, noise)
+    np.testing.assert_allclose(levels, [-6.0, -5.25, -4.5, -3.75, -3.0])
+    # A share of all levels in training: the sampler goes to the cleanest of the schedule.
+    levels = clusterddpm._levels(dataclasses.replace(settings, uniform_noise=0.1), grid, noise)
+    assert levels[-1] == grid.log_snr[1] > 5.0
 
 
 def examples(n=40, shape=(8, 8, 1), seed=0):

@@ -60,6 +60,7 @@ from dec_diffusion.types import (
     pytree,
 )
 
+_REACH = 2.0  # standard deviations about the mean log-SNR in which training draws most
 _SKETCH, _AXES = 64, 24  # directions, and principal axes in them, of each of the denoiser's layers
 
 
@@ -168,7 +169,7 @@ class ClusterDDPM:
     ema: float = 0.99
     mixture_iterations: int = 20
     start: Literal["graph", "layers", "likelihood"] = "graph"
-    hold: float = 0.3
+    hold: float = 1.0
     anchors: int = 65536
     mixture_restarts: int = 20
     variance_floor: float = 1e-2
@@ -264,7 +265,7 @@ def kl_scale(s: ClusterDDPM, grid: Schedule, noise: Noise) -> float:
     """
     if s.uniform_noise == 1.0:
         return float(schedule.kl_weight(grid, prediction=s.prediction, first=1))
-    reach = 2 * noise.std
+    reach = _REACH * noise.std
     log_snr = jnp.linspace(noise.mean - reach, noise.mean + reach, 257)
     density = 0.5 * schedule.error_ratio(log_snr, of="eps", to=s.prediction)
     return float(1.0 / jnp.trapezoid(density, log_snr))
@@ -454,7 +455,9 @@ def _method(
         """The latents, and sketches of the denoiser's layers, [b, layers, size]."""
         bare = features.without_latent(denoiser, s.latent, grid, prediction)
         extract = features.describe(bare, spec.shape, pool="layout", draws=4)
-        timestep = jnp.abs(grid.log_snr - noise.mean).argmin()
+        # The cleanest level that training knows: of noisier features several different partitions
+        # have the same modularity.
+        timestep = jnp.abs(grid.log_snr - (noise.mean + _REACH * noise.std)).argmin()
 
         def of_block(x: Array) -> Array:
             return features.sketches(extract, params["denoiser"], x, timestep, _SKETCH)
@@ -604,7 +607,9 @@ def _levels(s: ClusterDDPM, grid: Schedule, noise: Noise) -> Float[Array, " step
     """The noise levels that the sampler visits: of the schedule if the denoiser knows them all."""
     if s.uniform_noise:
         return sampling.subsample(grid, s.sample_steps, first=1)
-    low, high = noise.mean - 4 * noise.std, noise.mean + 4 * noise.std
+    # From nearly nothing but noise to the cleanest that training knows: where it has seen nothing,
+    # a denoiser leaves grain.
+    low, high = noise.mean - 4 * noise.std, noise.mean + _REACH * noise.std
     return jnp.linspace(low, high, s.sample_steps)
 
 
