@@ -396,7 +396,17 @@ class ClusterDDPM(_Estimator):
     _settings_class = clusterddpm.ClusterDDPM
     _kinds: ClassVar[Mapping[str, Kind]] = {
         "small": Kind({}, 96),
-        "images": Kind({"width": 8, "multipliers": (1, 2, 2), "encoder_blocks": 0}, 128),
+        "images": Kind(
+            {
+                "width": 8,
+                "multipliers": (1, 2, 2),
+                "encoder_blocks": 0,
+                "start": "layers",
+                "balance_iterations": 0,
+                "em_iterations": 24,
+            },
+            128,
+        ),
         "vectors": Kind(
             {"width": 256, "noise": 0.2, "balance_iterations": 0, "start": "likelihood"}, 128
         ),
