@@ -17,11 +17,10 @@ Measured (mean and standard deviation over seeds 0 to 4, no selection, labels fo
 
 digits      ACC .948 +- .003, NMI .914 +- .005, ARI .894 +- .005; the command above with
             --config.seed=0 ... 4. The first run takes 1 min 59 s and 1.73 GiB on two idle cores
-mnist_cpu   seed 0 only: ACC .734, NMI .705, ARI .612 (k-means on pixels .542, .500, .377), 2,000
-            steps of 128: 14 min on one core of two that other work shared; .857, .822, .785 with
-            start=layers, hold=1, balance_iterations=0 and em_iterations=24 (docs/clusterddpm.md)
-usps        seeds 0 and 1: ACC .962 and .964, NMI .915 and .915, ARI .930 and .931 (k-means on
-            pixels .668, .627, .545), 10 to 22 min on one core of two, as other work shared it
+mnist_cpu   seeds 0 and 1: ACC .929 and .926, NMI .859 and .853, ARI .854 and .849 (k-means on
+            pixels .542, .500, .377), 19 and 27 min on one core of two that other work shared
+usps        seeds 0 and 1: ACC .975 and .975, NMI .935 and .934, ARI .951 and .951 (k-means on
+            pixels .668, .627, .545), 21 min on one core of two that other work shared
 the others  not measured: no accelerator was at hand
 """
 

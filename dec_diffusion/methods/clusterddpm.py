@@ -15,7 +15,8 @@ Encoder    q(z|x) = N(m(x), diag v(x))
              the loss is proportional to the negative ELBO with its weights averaged.
 (6) sample   c, then z ~ N(mu_c, temperature^2 s_c^2), then x by guided DDIM.
 (7) start    the first mixture has the moments of K groups found without labels; those of the
-             denoiser's layers are also g of (3) or (4) and the responsibilities of (1) at first.
+             denoiser's layers are also g of (3) or (4) and the responsibilities of (1), for as
+             long as they are held.
 
 Sources: the abstract (EM, conditional DDPM, KL to the mixture), the official code (main.py of
 Jarvisyan/ClusterDDPM-pytorch at 2d4c950) for everything else about the method; deviations and
