@@ -29,7 +29,7 @@ class TrainConfig:
     """What the host loop does; nothing here but ``batch_size`` changes a weight.
 
     Attributes:
-        batch_size: examples per gradient step.
+        batch_size: examples per gradient step; all of them where they are fewer.
         sweep_size: examples per batch where the whole data set is swept in order.
         evaluate_every: iterations between evaluations (a sweep and label-free scores).
         checkpoint_every: iterations between checkpoints; one is always made at the end.

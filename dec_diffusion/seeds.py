@@ -93,7 +93,7 @@ def fit_seeds(
     given = dataset or data.load(config.data, verbose=verbose)
     if dataset is None:
         k = configs.resolved(config, 2).method.num_clusters  # every seed may choose its own
-        data.check_clusters(given, k, config.train.batch_size)
+        data.check_clusters(given, k)
     summaries: dict[int, dict[str, Any]] = {}
     labels: dict[int, np.ndarray] = {}
     failed: dict[int, str] = {}

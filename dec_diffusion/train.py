@@ -113,10 +113,9 @@ def fit(
         dataset = reading.read(config.data, verbose=verbose) if dataset is None else dataset
         # All other settings are checked before K is chosen: any K that the data allow will do.
         asked, config = config, configs.resolved(config, 2)
-        sources.check_clusters(
-            dataset, config.method.num_clusters, config.train.batch_size, least=least
-        )
-        spec = DataSpec(dataset.example_shape, dataset.num_examples, config.train.batch_size)
+        sources.check_clusters(dataset, config.method.num_clusters, least=least)
+        batch_size = min(config.train.batch_size, dataset.num_examples)
+        spec = DataSpec(dataset.example_shape, dataset.num_examples, batch_size)
         spec = spec._replace(pretrained=read_pretrained(config, spec))
         method = build(config, spec)
         place = workdir.Memory()
@@ -186,11 +185,7 @@ def _run(
     Raises:
         StoppedError: the run was asked to stop; a checkpoint has been saved.
     """
-    key, batch_size, shard = (
-        jax.random.key(config.seed),
-        config.train.batch_size,
-        config.train.shard_params,
-    )
+    key, shard = jax.random.key(config.seed), config.train.shard_params
     about = _about(dataset, spec, sampled=not data.resident)
     state, step, after = _start(method, key, parallel.first_batch(data), checkpoints, about)
     if after is None and spec.pretrained:
@@ -207,7 +202,7 @@ def _run(
     for number, name, phase, first in _remaining(method, after):
         phase_key = jax.random.fold_in(key, number + 1)
         begin, iterate = parallel.compile_phase(
-            phase, data, phase_key, batch_size=batch_size, shard_params=shard
+            phase, data, phase_key, batch_size=spec.batch_size, shard_params=shard
         )
         if first == 0:
             if phase.begin is not None:
@@ -229,7 +224,7 @@ def _run(
                     fresh = evaluate.score(assignment, config.method.num_clusters, dataset.labels)
                     _warn_of_sizes(fresh, config.method.num_clusters, step)
                     scores = fresh
-            rate = phase.steps * batch_size / seconds
+            rate = phase.steps * spec.batch_size / seconds
             record = {k: float(np.mean(v)) for k, v in metrics.items()} | fresh
             record = {"step": step, "phase": name, "iteration": iteration} | record
             record |= {"seconds": seconds, "examples_per_second": rate}

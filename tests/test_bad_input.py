@@ -254,10 +254,6 @@ BAD = {
         lambda t: npy(t, RANDOM[np.arange(60) % 3]),
         [f"num_clusters={CLUSTERS}", "3 distinct"],
     ),
-    "batch above the data": (
-        lambda t: [*TINY, "--config.train.batch_size=500"],
-        ["--config.train.batch_size=500", "200"],
-    ),
     "batch of 0": (lambda t: [*TINY, "--config.train.batch_size=0"], ["batch_size=0", "least 1"]),
     "negative seed": (lambda t: [*TINY, "--config.seed=-1"], ["--config.seed=-1"]),
     "limit of 1": (lambda t: [*TINY, "--config.data.limit=1"], ["--config.data.limit=1"]),

@@ -233,7 +233,7 @@ used = next(int(l.split()[1]) for l in open("/proc/self/status") if l.startswith
 limit = used + 100 * 2**20  # the file has three times as many bytes
 resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
 d = data.load(data.DataConfig(name="array", path=sys.argv[1]))
-data.check_clusters(d, 10, 128)
+data.check_clusters(d, 10)
 print(d.num_examples, float(d.scale), train._checksum(d.examples))
 try:
     np.zeros(200 * 2**20, np.uint8)

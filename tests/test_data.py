@@ -471,8 +471,7 @@ def test_limit_is_a_nested_ordered_subset():
 
 def test_check_clusters_accepts_what_can_work():
     repeated = data.from_arrays(np.repeat(FLOATS[:3], 10, axis=0))
-    data.check_clusters(repeated, 3, 30)
-    data.check_clusters(repeated, 2, 1)
+    data.check_clusters(repeated, 3)
 
 
 # --- bad input: each case writes its files and says what the one-line message must contain ---
@@ -784,18 +783,16 @@ def test_usps_of_another_shape(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("num_clusters", "batch_size", "expected"),
+    ("num_clusters", "expected"),
     [
-        (1, 8, ["--config.method.num_clusters=1"]),
-        (4, 8, ["--config.method.num_clusters=4", "3 distinct"]),
-        (3, 31, ["--config.train.batch_size=31", "30 examples"]),
-        (3, 0, ["--config.train.batch_size=0"]),
+        (1, ["--config.method.num_clusters=1"]),
+        (4, ["--config.method.num_clusters=4", "3 distinct"]),
     ],
 )
-def test_check_clusters_refuses(num_clusters, batch_size, expected):
+def test_check_clusters_refuses(num_clusters, expected):
     dataset = data.from_arrays(np.repeat(FLOATS[:3], 10, axis=0))
     with pytest.raises(InputError) as error:
-        data.check_clusters(dataset, num_clusters, batch_size)
+        data.check_clusters(dataset, num_clusters)
     check_message(error, *expected)
 
 
@@ -808,7 +805,7 @@ def test_what_cannot_be_clustered_can_still_be_assigned(examples, expected):
     scaled = (dataset.examples.astype(np.float32) - dataset.offset) / dataset.scale
     assert np.isfinite(scaled).all() and dataset.num_examples == len(examples)
     with pytest.raises(InputError) as error:
-        data.check_clusters(dataset, 2, 1)
+        data.check_clusters(dataset, 2)
     check_message(error, "--config.data", expected)
 
 

@@ -95,7 +95,7 @@ def test_baselines_and_the_number_of_clusters_are_those_of_the_joined_file(tmp_p
     for name, baseline in first.items():
         assert second[name]["scores"] == pytest.approx(baseline["scores"], abs=1e-6)
     for dataset in sets:
-        data.check_clusters(dataset, 4, 16)
+        data.check_clusters(dataset, 4)
 
 
 @pytest.mark.parametrize(

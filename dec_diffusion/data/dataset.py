@@ -139,13 +139,12 @@ def few_rows(dataset: Dataset, *, elements: int = 2**25) -> np.ndarray:
     return choose_rows(dataset.num_examples, max(1, elements // math.prod(dataset.example_shape)))
 
 
-def check_clusters(dataset: Dataset, num_clusters: int, batch_size: int, *, least: int = 2) -> None:
-    """Check that the data can form ``num_clusters`` clusters and fill one batch.
+def check_clusters(dataset: Dataset, num_clusters: int, *, least: int = 2) -> None:
+    """Check that the data can form ``num_clusters`` clusters.
 
     Raises:
       InputError: fewer than 2 examples or all of them identical, fewer than ``least`` clusters,
-        more clusters than distinct examples, or a batch size below 1 or above the number of
-        examples.
+        or more clusters than distinct examples.
     """
     if dataset.num_examples < 2:
         raise InputError(f"--config.data: {dataset.name} holds only 1 example; give at least 2")
@@ -165,11 +164,6 @@ def check_clusters(dataset: Dataset, num_clusters: int, batch_size: int, *, leas
         raise InputError(
             f"--config.method.num_clusters={num_clusters}: {dataset.name} has only"
             f" {len(distinct)} distinct examples; ask for at most that many clusters"
-        )
-    if not 1 <= batch_size <= dataset.num_examples:
-        raise InputError(
-            f"--config.train.batch_size={batch_size}: must be between 1 and the"
-            f" {dataset.num_examples} examples of {dataset.name}"
         )
 
 
