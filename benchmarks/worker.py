@@ -163,6 +163,11 @@ def samples(size: dict[str, Any]) -> np.ndarray:
     return x
 
 
+def little(size: dict[str, Any]) -> dict[str, Any]:
+    """The same with 20 examples for each cluster, if n is free."""
+    return size | {"n": 20 * size["k"]} if "n" in size else size
+
+
 def resident_mib() -> float:
     """The memory that this process has now; 0 where the system does not say."""
     with contextlib.suppress(OSError):

@@ -28,7 +28,7 @@ from dec_diffusion.types import Array, Float, Shaped
 _matmul = functools.partial(jnp.matmul, precision="highest")
 _WORST = 5e-4
 """Nats by which cancellation may falsify a log density."""
-_CACHED = 2**20
+_CACHED = 2**19
 """Elements of a block's features and responsibilities that a CPU's cache holds."""
 
 Sums = tuple[Float[Array, " k"], Float[Array, "k d"], Float[Array, "k d"], Float[Array, ""]]
@@ -75,7 +75,7 @@ def _over_blocks(
 ) -> tuple[Array, Array, Array, Array]:
     n, (k, d) = rows[0].shape[0], factors[0].shape
     # Elsewhere than on a CPU there is no cache to fit, and every block costs its launches.
-    limit = _CACHED if jax.default_backend() == "cpu" else 2**8 * _CACHED
+    limit = _CACHED if jax.default_backend() == "cpu" else 2**9 * _CACHED
     # Rows spread over devices that could not be kept apart must not be cut either.
     blocks = 1 if spread.parts() > 1 else -(-n * (2 * d + k) // limit)
     size = -(-n // blocks)
