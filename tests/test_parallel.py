@@ -148,7 +148,7 @@ SHARDED = (
 placement._SHARD_ABOVE = 40
 method = layouts.METHODS["neural_mixture"].build(DataSpec((8,), 203))
 table = data(203)
-phase = method.phases["em"]._replace(tx=__import__("optax").adam(1e-3))
+phase = method.phases["em"]._replace(tx=__import__("optax").adam(1e-3, eps=1e-4))
 results = []
 for shard in (False, True):
     state = engine.init_state(method, KEY, parallel.first_batch(table))
