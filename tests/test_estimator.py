@@ -332,6 +332,17 @@ def test_saved_is_loaded(kind, tmp_path):
         other.load(tmp_path / "model")
 
 
+def test_a_batch_may_exceed_the_data_and_be_numpys(tmp_path):
+    model = tiny(NeuralMixture, batch_size=np.int64(256)).fit(POINTS)
+    np.testing.assert_array_equal(
+        model.labels_, tiny(NeuralMixture, batch_size=40).fit_predict(POINTS)
+    )
+    model.save(tmp_path / "model")
+    again = dec_diffusion.load(tmp_path / "model")
+    assert again.batch_size == 256
+    np.testing.assert_array_equal(again.predict(POINTS), model.labels_)
+
+
 def test_the_command_line_reads_what_an_estimator_saved(tmp_path):
     model = fitted(NeuralMixture, "points")
     model.save(tmp_path / "model")
