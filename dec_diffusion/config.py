@@ -48,6 +48,10 @@ class TrainConfig:
     resident_gib: float = 2.0
     shard_params: bool = False
 
+    def batch(self, num_examples: int) -> int:
+        """How many of so many examples a gradient step sees."""
+        return min(self.batch_size, num_examples)
+
 
 @dataclasses.dataclass
 class Config:

@@ -114,8 +114,8 @@ def fit(
         # All other settings are checked before K is chosen: any K that the data allow will do.
         asked, config = config, configs.resolved(config, 2)
         sources.check_clusters(dataset, config.method.num_clusters, least=least)
-        batch_size = min(config.train.batch_size, dataset.num_examples)
-        spec = DataSpec(dataset.example_shape, dataset.num_examples, batch_size)
+        n = dataset.num_examples
+        spec = DataSpec(dataset.example_shape, n, config.train.batch(n))
         spec = spec._replace(pretrained=read_pretrained(config, spec))
         method = build(config, spec)
         place = workdir.Memory()

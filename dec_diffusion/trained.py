@@ -75,7 +75,7 @@ def load(path: str | os.PathLike[str]) -> Run:
 
     def template(meta: dict[str, Any]) -> Any:
         shape, num_examples = tuple(meta["shape"]), meta["num_examples"]
-        spec = DataSpec(shape, num_examples, min(config.train.batch_size, num_examples))
+        spec = DataSpec(shape, num_examples, config.train.batch(num_examples))
         if config.pretrained:
             spec = spec._replace(pretrained=Pretrained({}, meta["architecture"]))
         built.update(spec=spec, method=build(config, spec))
