@@ -471,7 +471,15 @@ class NeuralMixture(_Estimator):
             256,
         ),
         "images": Kind(
-            {"width": 16, "heads": 5, "iterations": 9, "steps": 0, "learning_rate": 3e-3}, 256
+            {
+                "width": 16,
+                "heads": 5,
+                "over_heads": 1,
+                "iterations": 9,
+                "steps": 0,
+                "learning_rate": 3e-3,
+            },
+            256,
         ),
         "vectors": Kind(
             {
