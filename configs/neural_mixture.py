@@ -24,8 +24,9 @@ mnist       ACC .977 +- .001, NMI .941 +- .003, ARI .950 +- .003 over seeds 0 to
             6 to 7 min a run on one core of two that other work shared
 usps        ACC .984 +- .001, NMI .957 +- .002, ARI .968 +- .002 over seeds 0 to 2; 1,080 steps,
             9 min on one core of two
-fashion     ACC .683 +- .029, NMI .636 +- .007, ARI .523 +- .019 over seeds 0 to 2 (k-means on pixels
-            .501, .491, .340); 2,457 steps, 8 min a run on one core of two that other work shared
+fashion     ACC .683 +- .029, NMI .636 +- .007, ARI .523 +- .019 over seeds 0 to 2 (k-means on
+            pixels .501, .491, .340); 2,457 steps, 8 min a run on one core of two that other work
+            shared
 the others  not measured
 """
 
