@@ -134,8 +134,6 @@ class _Estimator(ClassNamePrefixFeaturesOutMixin, TransformerMixin, ClusterMixin
             num_clusters=self.n_clusters, **{**kind.settings, **self._given_settings()}
         )
         batch_size = kind.batch_size if self.batch_size is None else self.batch_size
-        if isinstance(batch_size, numbers.Integral):
-            batch_size = int(batch_size)  # NumPy's integers are no JSON
         return Config(
             name=type(self).__name__,
             method=method,
