@@ -10,7 +10,8 @@ c, else 0; <.> the weighted mean over examples.
 (5) moving      i goes to argmax_c v_ic - <v_c>, where Q rises most as far as i's own neighbours go
 
 k-means cuts the data into many small groups, each too small to hold two of the groups that are
-looked for; (4) merges the pair that gains most until K are left, and (5) mends their borders.
+looked for; (4) merges the pair that gains most until K are left, and (5) mends their borders. With
+many examples the small groups are large, and (5) mends their borders too before they are merged.
 Unlike centres, neighbours follow the curved groups of many dimensions. Where dimensions are few a
 long group may be cut, for a cut there is short, and groups may differ in size, but not
 several-fold: chance in (3) draws the smallest together and cuts up one that holds most of the data.
@@ -32,7 +33,9 @@ from dec_diffusion.types import Array, Float, Int, PRNGKeyArray, pytree
 _PIECES = 60  # small groups for each group that is looked for
 _MOST_PIECES = 1000
 _SMALLEST = 5  # examples in a small group, in the mean
-_MOVES = 50  # rounds of (5)
+_COARSE = 50  # the same, from which on their borders are mended
+_MENDS = 20  # rounds of (5) for that
+_MOVES = 50  # and for the groups that are looked for
 _STAY = 1e-3  # votes by which an example prefers the group that it is in
 
 
@@ -116,8 +119,11 @@ def _best(
         small = kmeans.kmeans(
             cut_key, x, pieces, weight=graph.weight, restarts=1, max_iterations=20
         )
-        groups = merge(links(graph, small.labels, pieces), k)
-        return move(move_key, graph, groups[small.labels], k)
+        labels = small.labels
+        if graph.anchors.shape[0] > _COARSE * pieces:
+            labels = mend(jax.random.fold_in(move_key, 1), graph, labels, pieces)
+        groups = merge(links(graph, labels, pieces), k)
+        return move(move_key, graph, groups[labels], k)
 
     found = jax.lax.map(run, jax.random.split(key, restarts))
     return jax.tree.map(lambda leaf: leaf[found.modularity.argmax()], found)
@@ -162,7 +168,7 @@ def modularity(links: Float[Array, "k k"]) -> Float[Array, ""]:
 
 
 def merge(links: Float[Array, "m m"], k: int) -> Int[Array, " m"]:
-    """Merge m groups to k by equation (4).
+    """Merge m groups to k by equation (4), those without members before all others.
 
     Returns:
         For each of them the number, below k, of the group that it is in.
@@ -175,7 +181,9 @@ def merge(links: Float[Array, "m m"], k: int) -> Int[Array, " m"]:
         total = links.sum(1)
         there = group == place  # a group has the number of its first member
         pairs = there[:, None] & there & (place[:, None] < place)
-        gain = jnp.where(pairs, links - total[:, None] * total, -jnp.inf)
+        empty = (total == 0)[:, None] | (total == 0)
+        gain = jnp.where(empty, jnp.inf, links - total[:, None] * total)
+        gain = jnp.where(pairs, gain, -jnp.inf)
         # Row by row: on a CPU the place of the largest takes eight times as long as its value.
         a = gain.max(1).argmax()
         b = gain[a].argmax()
@@ -185,6 +193,42 @@ def merge(links: Float[Array, "m m"], k: int) -> Int[Array, " m"]:
 
     _, group = jax.lax.fori_loop(0, m - k, step, (links, place))
     return (jnp.cumsum(group == place) - 1)[group].astype(jnp.int32)
+
+
+def mend(key: PRNGKeyArray, graph: Graph, labels: Int[Array, " n"], k: int) -> Int[Array, " n"]:
+    """Rounds of equation (5) among many groups: an example goes to one of its neighbours'.
+
+    Half of the examples may move in a round, as in ``move``. Groups may end without members.
+    """
+
+    def usual(near: Array, similarity: Array, weight: Array, theirs: Array) -> Array:
+        return jnp.zeros(k).at[theirs[near]].add(similarity * weight[:, None])[None]
+
+    def step(labels: Array, key: PRNGKeyArray) -> tuple[Array, None]:
+        theirs = _of_anchors(graph, labels)
+        rows = graph.neighbours, graph.similarity
+        chance = spread.over_rows(usual, *rows, graph.weight, whole=(theirs,)).sum(0)
+        chance /= jnp.maximum(graph.weight.sum(), 1e-30)
+        free = jax.random.bernoulli(key, 0.5, labels.shape)
+        return spread.over_rows(_nearest_group, *rows, labels, free, whole=(theirs, chance)), None
+
+    return jax.lax.scan(step, labels.astype(jnp.int32), jax.random.split(key, _MENDS))[0]
+
+
+def _nearest_group(
+    near: Array, similarity: Array, own: Array, free: Array, theirs: Array, chance: Array
+) -> Array:
+    """Where equation (5) sends examples that are free to move, of their neighbours' groups."""
+
+    def votes_for(groups: Array) -> Array:
+        inside = around[:, None, :] == groups[:, :, None]
+        return jnp.sum(jnp.where(inside, similarity[:, None, :], 0.0), axis=2)
+
+    around = theirs[near]
+    gain = votes_for(around) - chance[around]
+    stay = votes_for(own[:, None])[:, 0] - chance[own] + _STAY
+    best = jnp.take_along_axis(around, gain.argmax(1)[:, None], 1)[:, 0]
+    return jnp.where(free & (gain.max(1) > stay), best, own)
 
 
 def move(key: PRNGKeyArray, graph: Graph, labels: Int[Array, " n"], k: int) -> Communities:

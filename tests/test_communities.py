@@ -25,6 +25,18 @@ def random_graph(n: int, g: int, seed: int = 0) -> Graph:
     return Graph(jnp.arange(n), jnp.asarray(near), jnp.asarray(s, jnp.float32), jnp.ones(n))
 
 
+def block_graph(y: np.ndarray, rng: np.random.Generator) -> Graph:
+    """Five neighbours of each example, all of its own class."""
+    near = np.stack(
+        [
+            rng.permutation(np.flatnonzero((y == c) & (np.arange(len(y)) != i)))[:5]
+            for i, c in enumerate(y)
+        ]
+    )
+    s = jnp.full(near.shape, 0.2)
+    return Graph(jnp.arange(len(y)), jnp.asarray(near), s, jnp.ones(len(y)))
+
+
 def dense(graph: Graph) -> np.ndarray:
     """The symmetrised graph as a matrix that sums to 1."""
     n = len(graph.weight)
@@ -89,6 +101,41 @@ def test_each_merge_is_the_one_that_gains_most():
         groups = np.asarray(communities.merge(links, k))[np.arange(24) % 8]
         assert set(groups) == set(range(k))
         assert adjusted_rand_score(labels, groups) == 1
+
+
+def test_groups_without_members_are_merged_first():
+    graph = random_graph(24, 3)
+    labels = np.arange(24) % 4 * 2  # 0, 2, 4, 6 of eight
+    groups = np.asarray(communities.merge(communities.links(graph, jnp.asarray(labels), 8), 4))
+    assert sorted(groups[::2]) == [0, 1, 2, 3]
+
+
+def test_small_groups_are_mended_at_their_borders():
+    rng = np.random.default_rng(0)
+    y = np.arange(400) // 20  # 20 groups, each cut in two by 40 pieces of which some straddle
+    graph = block_graph(y, rng)
+    pieces = np.where(rng.random(400) < 0.3, (2 * y + 3) % 40, 2 * y + np.arange(400) % 2)
+    mended = np.asarray(communities.mend(KEY, graph, jnp.asarray(pieces), 40))
+    inside = [len(np.unique(y[mended == c])) for c in np.unique(mended)]
+    assert max(len(np.unique(y[pieces == c])) for c in range(40)) > 1
+    assert max(inside) == 1
+    assert newman(dense(graph), mended) > newman(dense(graph), pieces) + 0.2
+
+
+def test_every_move_is_to_the_group_that_equation_5_names():
+    graph = random_graph(50, 49)  # everyone is a neighbour, so every group is a choice
+    labels = jnp.asarray(np.random.default_rng(3).integers(0, 6, 50), jnp.int32)
+    vote = np.asarray(communities.votes(graph, labels, 6))
+    chance = vote.mean(0)
+    stay = 1e-3 * np.eye(6)[np.asarray(labels)]
+    found = communities._nearest_group(
+        graph.neighbours, graph.similarity, labels, jnp.ones(50, bool), labels, jnp.asarray(chance)
+    )
+    np.testing.assert_array_equal(found, (vote - chance + stay).argmax(1))
+    held = communities._nearest_group(
+        graph.neighbours, graph.similarity, labels, jnp.zeros(50, bool), labels, jnp.asarray(chance)
+    )
+    np.testing.assert_array_equal(held, labels)
 
 
 def test_moves_never_end_below_their_start():

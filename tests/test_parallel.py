@@ -133,6 +133,20 @@ for count in (1, 5, 40):
     found = jax.jit(placement.in_mesh(lambda v: kmeans.largest(v, count)))(spread)
     for a, b in zip(found, jax.lax.top_k(values, count)):
         np.testing.assert_array_equal(a, b)
+
+# Borders of small groups are mended where their examples lie.
+from dec_diffusion import communities
+rng = np.random.default_rng(2)
+near, share = rng.integers(0, 256, (256, 6)), rng.dirichlet(np.ones(6), 256).astype(np.float32)
+weight, labels = np.ones(256, np.float32), rng.integers(0, 12, 256).astype(np.int32)
+there = [placement.spread(a.shape, a.__getitem__) for a in (near, share, weight, labels)]
+def mend(near, share, weight, labels):
+    graph = communities.Graph(jnp.arange(256), near, share, weight)
+    return communities.mend(KEY, graph, labels, 12)
+apart = jax.jit(placement.in_mesh(mend))(*there)
+assert not apart.sharding.is_fully_replicated
+np.testing.assert_array_equal(apart, mend(near, share, weight, jnp.asarray(labels)))
+assert (np.asarray(apart) != labels).mean() > 0.3
 print("ok")
 """
 )
