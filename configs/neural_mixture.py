@@ -44,11 +44,13 @@ _DIGITS = {
     "steps": 100,
 }
 
-# Fifty further groups keep a class's odd shapes apart while the classes form.
+# Fifty further groups keep a class's odd shapes apart while the classes form; neighbours vouch for
+# what no transformation of an image shows.
 _MNIST = {
     "width": 16,
     "heads": 5,
     "over_heads": 1,
+    "neighbours": 5,
     "iterations": 9,
     "steps": 0,
     "learning_rate": 3e-3,
@@ -122,7 +124,7 @@ VARIANTS: Variants = {
     ),
     "usps": (
         _MNIST
-        | {"over_heads": 0}
+        | {"over_heads": 0, "neighbours": 0}
         | {"density": "X", "tau": 0.5, "tau_start": 0.7, "networks": 4, "heads": 3}
         | {"prior": "learned", "prior_floor": 0.5, "prior_strength": 0.5}
         | {"rotate": 10.0, "shift": 0.08, "iterations": 30},

@@ -473,6 +473,7 @@ class NeuralMixture(_Estimator):
                 "width": 16,
                 "heads": 5,
                 "over_heads": 1,
+                "neighbours": 5,
                 "iterations": 9,
                 "steps": 0,
                 "learning_rate": 3e-3,

@@ -61,6 +61,10 @@ METHODS = {
     "neural_mixture": NeuralMixture(
         num_clusters=3,
         heads=2,
+        over_heads=1,
+        over_clusters=5,
+        neighbours=3,
+        anchors=100,
         width=8,
         hidden=8,
         noise=0.1,

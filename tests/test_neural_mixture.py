@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from scipy.special import logsumexp, softmax
+from sklearn.neighbors import NearestNeighbors
 
 from dec_diffusion import Config, engine, fit, metrics
 from dec_diffusion.config import TrainConfig
@@ -375,6 +376,23 @@ def test_agreement_is_the_share_that_keeps_its_cluster():
     np.testing.assert_allclose(nm.agreement(u, v, jnp.array([1.0, 0, 1, 0])), 0.5)
 
 
+def test_neighbours_take_their_part():
+    """Equation (10), and what is left to the example itself where clusters are not known."""
+    rng = np.random.default_rng(0)
+    gamma = rng.dirichlet(np.ones(3), (6, 2))  # two heads
+    near = rng.integers(-1, 3, (6, 5, 2))
+    found = np.asarray(nm.with_neighbours(jnp.asarray(gamma), jnp.asarray(near), 0.4))
+    for i in range(6):
+        for h in range(2):
+            known = near[i, near[i, :, h] >= 0, h]
+            theirs = np.bincount(known, minlength=3) / 5
+            expected = (1 - 0.4 * len(known) / 5) * gamma[i, h] + 0.4 * theirs
+            np.testing.assert_allclose(found[i, h], expected, atol=1e-6)
+    np.testing.assert_allclose(found.sum(-1), 1, atol=1e-6)
+    nobody = nm.with_neighbours(jnp.asarray(gamma), jnp.full((6, 5, 2), -1), 0.4)
+    np.testing.assert_allclose(nobody, gamma, rtol=1e-6)
+
+
 # -- the method through the engine --
 
 
@@ -418,6 +436,9 @@ def examples_of(x, scaled):
         ("learning_rate", -1.0),
         ("tau", -0.1),
         ("over_heads", -1),
+        ("neighbours", -1),
+        ("neighbour_share", 1.2),
+        ("anchors", 0),
         ("noise", -1.0),
         ("prior_floor", 1.5),
         ("crop", 1.0),
@@ -441,7 +462,12 @@ def trained(x, method, *, batch_size=256, seed=0, scaled=False):
     phase, key = built.phases["em"], jax.random.key(seed)
     first = engine.fetch_resident(examples)(jnp.arange(1))
     state = engine.init_state(built, key, first)
-    state, _ = engine.begin_phase(phase, state, None, key)
+    rows = engine.sweep_order(batch_size=min(1000, len(x)), num_examples=len(x))
+    swept = None
+    if phase.begin is not None:
+        fetch = engine.fetch_resident(examples)
+        swept = engine.collect(phase.begin, state.params, state.cluster, rows, fetch, key)
+    state, _ = engine.begin_phase(phase, state, swept, key)
     iterate = jax.jit(
         lambda state: engine.em_iteration(
             phase, state, examples, key, batch_size=batch_size, sweep_size=min(1000, len(x))
@@ -635,9 +661,26 @@ def test_every_option_trains(knobs):
         np.testing.assert_allclose(density.mean(0), 1.0, rtol=1e-3)
 
 
+@pytest.mark.parametrize("over_heads", [0, 1])
+def test_neighbours_are_the_nearest_and_known_by_their_clusters(over_heads):
+    x, _ = draw_blobs("gmm4", n=90)
+    method = tiny(neighbours=4, networks=2, over_heads=over_heads, over_clusters=7)
+    built, state, _, batch = trained(x, method, batch_size=32)
+    scaled = (x - x.mean(0)) / x.std(0)
+    _, nearest = NearestNeighbors(n_neighbors=4).fit(scaled).kneighbors()
+    around = state.cluster.around
+    np.testing.assert_array_equal(
+        np.sort(around.neighbours.values, 1), np.sort(nearest.astype(np.int32), 1)
+    )
+    assert around.labels.values.shape == (90, 4 + 2 * over_heads)
+    found = of_every_head(method, built, state, batch)
+    np.testing.assert_array_equal(around.labels.values[:, :4], found.T)
+    assert np.ptp(np.asarray(around.labels.values), axis=0).min() > 0
+
+
 def predicted_density(built, params, cluster, batch):
     """p_ik of the head that predicts, recovered from what refresh collects."""
-    clean, _ = built.phases["em"].refresh.collect(params, cluster, batch, jax.random.key(0))
+    clean, *_ = built.phases["em"].refresh.collect(params, cluster, batch, jax.random.key(0))
     norm = jax.tree.map(lambda a: a[cluster.best], cluster.norm)
     scores = clean[:, cluster.best]
     kind = "X" if float(jnp.abs(cluster.norm.mean).max()) == 0.0 else "P"

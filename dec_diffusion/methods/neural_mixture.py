@@ -19,6 +19,9 @@ training over the batch, for prediction over the whole data set):
 (9) sure     p(k | x_i) ~ (pi_k p_ik)^(1/T), with T such that the mean of the largest equals the
              share of examples that keep their cluster in another view: (1) and (2) rank examples
              by certainty, but at T = 1 their posterior stays near 1/K however clear the groups are
+(10) near    g_ik <- (1 - r) g_ik + r <h_jk>, a mean over the nearest neighbours j of i, by distance
+             of vectors or of thumbnails; h_jk is one-hot, the cluster of j when all the data were
+             last swept. Neighbours are views of an example that no transformation makes
 
 At tau = 1 the gradient of (5) is that of the negative log-likelihood -<log sum_k pi_k p_ik>, whose
 optimum under (1) and (2) is K/2 copies of one split and K/2 of its negative; a lower tau, which
@@ -26,7 +29,8 @@ makes clusters compete, is what cures that. See docs/neural_mixture.md.
 
 Sources: the abstract and second-hand summaries for the method (sigmoid of a normalised score over
 a constant; batch-wise EM in the forward and backward pass; fused with consistency); the text of
-the paper was not available, so (2), (3), (6) to (9) and every setting are our reconstruction.
+the paper was not available, so (2), (3), (6) to (10) and every setting are our reconstruction.
+Nearest neighbours that agree: Van Gansbeke et al. 2020, there of features learnt before.
 """
 
 import dataclasses
@@ -37,9 +41,10 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from dec_diffusion import optimiser, targets, views
+from dec_diffusion import communities, features, optimiser, spread, targets, views
 from dec_diffusion.method import DataSpec, EStage, Method, Phase, Rule, check_settings
 from dec_diffusion.networks import Network, classifier_network
+from dec_diffusion.spread import Table
 from dec_diffusion.types import (
     Array,
     Batch,
@@ -77,6 +82,9 @@ class NeuralMixture:
             highest bound (8) predicts.
         over_heads: further sets of outputs of each network, for training its features only.
         over_clusters: clusters of each of those.
+        neighbours: of each example, of equation (10); 0 leaves it out.
+        neighbour_share: r of equation (10).
+        anchors: examples among which neighbours are looked for: all, or as many drawn from more.
         network: ``conv`` (small), ``resnet18`` or ``mlp``, which vectors always take.
         width: of the network's first level.
         hidden: features, the layer below the outputs.
@@ -109,6 +117,9 @@ class NeuralMixture:
     heads: int = 5
     over_heads: int = 0
     over_clusters: int = 50
+    neighbours: int = 0
+    neighbour_share: float = 0.5
+    anchors: int = 65536
     network: Literal["conv", "resnet18", "mlp"] = "conv"
     width: int = 32
     hidden: int = 128
@@ -244,11 +255,31 @@ def swapped_loss(
     weight: Float[Array, " n"],
     *,
     tau: float | Array,
+    near: Int[Array, "n g *h"] | None = None,
+    share: float = 0.0,
 ) -> Float[Array, "*h"]:
-    """Equation (6), from log pi_k p_k of both views."""
-    to_v = em_loss(responsibilities(u, tau), v, weight)
-    to_u = em_loss(responsibilities(v, tau), u, weight)
-    return 0.5 * (to_v + to_u)
+    """Equation (6), from log pi_k p_k of both views; with ``near``, in the terms of (10)."""
+
+    def gamma(log_joint: Array) -> Array:
+        own = responsibilities(log_joint, tau)
+        return own if near is None else with_neighbours(own, near, share)
+
+    return 0.5 * (em_loss(gamma(u), v, weight) + em_loss(gamma(v), u, weight))
+
+
+def with_neighbours(
+    gamma: Float[Array, "n *h k"], near: Int[Array, "n g *h"], share: float
+) -> Float[Array, "n *h k"]:
+    """Equation (10).
+
+    Args:
+        gamma: responsibilities.
+        near: clusters of each example's neighbours; one below 0 is not known and leaves its part
+            to the example itself.
+        share: r.
+    """
+    theirs = jax.nn.one_hot(near, gamma.shape[-1], dtype=gamma.dtype).mean(1)
+    return (1.0 - share * theirs.sum(-1, keepdims=True)) * gamma + share * theirs
 
 
 def log_mixture(
@@ -380,6 +411,20 @@ def ensemble(network: Network, members: int) -> Network:
 
 
 @pytree
+class Around:
+    """What equation (10) needs of every example.
+
+    Attributes:
+        neighbours: int32 [n, g], their numbers.
+        labels: int32 [n, h], its cluster in each head, those for over-clustering last; -1 before
+            the first sweep of trained weights.
+    """
+
+    neighbours: Table
+    labels: Table
+
+
+@pytree
 class Heads:
     """What moves in closed form.
 
@@ -389,6 +434,7 @@ class Heads:
         score: equation (8) of each head, in nats.
         best: int32, the head that predicts.
         temperature: T of equation (9), of each head.
+        around: None if no neighbours are used.
     """
 
     log_prior: Float[Array, "h k"]
@@ -396,6 +442,7 @@ class Heads:
     score: Float[Array, " h"]
     best: Int[Array, ""]
     temperature: Float[Array, " h"]
+    around: Around | None
 
 
 def _vmap(function: Callable[[Any], Any], x: Any) -> Any:
@@ -405,14 +452,25 @@ def _vmap(function: Callable[[Any], Any], x: Any) -> Any:
 def _method(s: NeuralMixture, network: Network, spec: DataSpec) -> Method:
     """The functions of the method; equation numbers as at the top of the file."""
     shape = {"density": s.density, "gain": s.gain}
+    uniform = -jnp.log(s.over_clusters)
     steps, total = s.steps or spec.steps_per_epoch, s.networks * s.heads
+    n = spec.num_examples
+    anchors = communities.some(n, s.anchors)
+    near = min(s.neighbours, len(anchors) - 1)
 
     def init(key: PRNGKeyArray, batch: Batch) -> tuple[Params, Heads]:
         zeros = jnp.zeros((total, s.num_clusters))
         norm = Normaliser(zeros, zeros + 1.0, zeros)
         prior = zeros - jnp.log(s.num_clusters)
-        start = Heads(prior, norm, jnp.zeros(total), jnp.int32(0), jnp.ones(total))
+        around = strangers(jnp.zeros((n, near), jnp.int32)) if near else None
+        start = Heads(prior, norm, jnp.zeros(total), jnp.int32(0), jnp.ones(total), around)
         return network.init(key, batch["image"]), start
+
+    def strangers(neighbours: Array) -> Around:
+        """These neighbours, whose clusters are not known yet."""
+        heads = total + s.networks * s.over_heads
+        labels = jnp.full((neighbours.shape[0], heads), -1, jnp.int32)
+        return Around(Table(neighbours, n), Table(labels, n))
 
     def heads_of(scores: Array) -> tuple[Array, Array]:
         """The scores [b, h, k] of the heads, and of the heads for over-clustering."""
@@ -432,6 +490,11 @@ def _method(s: NeuralMixture, network: Network, spec: DataSpec) -> Method:
         """log pi_k p_ik, normalised over this batch."""
         return log_prior + log_density(normaliser(scores, weight, **shape), scores, **shape)
 
+    def of_neighbours(around: Around, index: Array) -> Array:
+        """Their clusters in all heads, int32 [b, g, h]."""
+        numbers = around.neighbours.take(index)
+        return around.labels.take(numbers.reshape(-1)).reshape(*numbers.shape, -1)
+
     def loss(
         params: Params, cluster: Heads, batch: Batch, key: PRNGKeyArray, progress: Array
     ) -> tuple[Array, tuple[Heads, Metrics]]:
@@ -441,15 +504,19 @@ def _method(s: NeuralMixture, network: Network, spec: DataSpec) -> Method:
             scores_of(params, view(x, k)) for k in jax.random.split(key, 2 if s.consistency else 1)
         ]
 
-        def objective(of: list[Array]) -> Array:
+        theirs = None if cluster.around is None else of_neighbours(cluster.around, batch["index"])
+
+        def objective(of: list[Array], heads: slice) -> Array:
+            near = None if theirs is None else theirs[..., heads]
+            options = {"tau": tau, "near": near, "share": s.neighbour_share}
             # With one view, its first and its last are the same, and (6) is (5).
-            return swapped_loss(of[0], of[-1], weight, tau=tau).mean()
+            return swapped_loss(of[0], of[-1], weight, **options).mean()
 
         joints = [joint(scores, cluster.log_prior, weight) for scores, _ in seen]
-        value = objective(joints)
+        value = objective(joints, slice(total))
         if s.over_heads:
-            uniform = -jnp.log(s.over_clusters)
-            value += objective([joint(over, uniform, weight) for _, over in seen])
+            over = [joint(scores, uniform, weight) for _, scores in seen]
+            value += objective(over, slice(total, None))
         if s.prior == "learned":
             prior = update_prior(
                 cluster.log_prior,
@@ -468,25 +535,45 @@ def _method(s: NeuralMixture, network: Network, spec: DataSpec) -> Method:
 
     def collect(params: Params, cluster: Heads, batch: Batch, key: PRNGKeyArray) -> Any:
         x = batch["image"]
-        return scores_of(params, x)[0], scores_of(params, view(x, key))[0]
+        scores, over = scores_of(params, x)
+        moved = scores_of(params, view(x, key))[0]
+        return scores, moved, over if near and s.over_heads else ()
 
-    def update(
+    def appearance(params: Params, cluster: Heads, batch: Batch, key: PRNGKeyArray) -> Array:
+        return features.thumbnails(batch["image"])
+
+    def find_neighbours(
         params: Params,
         cluster: Heads,
-        features: Any,
+        seen: Array,
         weight: Array,
         key: PRNGKeyArray,
         progress: Array,
     ) -> tuple[Params, Heads, Metrics]:
+        seen, weight = spread.trimmed((seen, weight), n)
+        numbers = jnp.asarray(anchors, jnp.int32)
+        among = Table(seen, n).take(numbers), numbers
+        places, _ = targets.neighbour_graph(seen, near, weight=weight, among=among)
+        return params, dataclasses.replace(cluster, around=strangers(numbers[places])), {}
+
+    def update(
+        params: Params,
+        cluster: Heads,
+        swept: Any,
+        weight: Array,
+        key: PRNGKeyArray,
+        progress: Array,
+    ) -> tuple[Params, Heads, Metrics]:
+        *views_of, over = swept
         clean, seen = (
             (norm, log_density(norm, scores, **shape))
-            for scores in features
+            for scores in views_of
             for norm in [normaliser(scores, weight, **shape)]
         )
         score = information(clean[1], seen[1], weight)
         best = score.argmax().astype(jnp.int32)
-        plain, moved = clean[1] + cluster.log_prior, seen[1] + cluster.log_prior
-        same = agreement(plain, moved, weight)
+        plain = clean[1] + cluster.log_prior
+        same = agreement(plain, seen[1] + cluster.log_prior, weight)
         sure = temperature(plain, same, weight)
         gamma = responsibilities(plain, 0.0)
         info = {
@@ -497,7 +584,14 @@ def _method(s: NeuralMixture, network: Network, spec: DataSpec) -> Method:
             "smallest_weight": jnp.exp(cluster.log_prior[best]).min(),
             "largest_weight": jnp.exp(cluster.log_prior[best]).max(),
         }
-        return params, Heads(cluster.log_prior, clean[0], score, best, sure), info
+        around = cluster.around
+        if around is not None:
+            joints = [plain, joint(over, uniform, weight)] if s.over_heads else [plain]
+            labels = jnp.concatenate([a.argmax(-1) for a in joints], 1).astype(jnp.int32)
+            # Those of weights that no step has changed would be chance.
+            labels = spread.trimmed(jnp.where(progress > 0, labels, -1), n)
+            around = dataclasses.replace(around, labels=Table(labels, n))
+        return params, Heads(cluster.log_prior, clean[0], score, best, sure, around), info
 
     def best_joint(params: Params, cluster: Heads, batch: Batch) -> Array:
         """log pi_k p_ik of the head that predicts, normalised over the whole data set."""
@@ -523,6 +617,7 @@ def _method(s: NeuralMixture, network: Network, spec: DataSpec) -> Method:
         _optimiser(s, s.iterations * steps),
         s.iterations,
         steps,
+        begin=EStage(appearance, find_neighbours) if near else None,
         refresh=EStage(collect, update),
         ema=s.ema,
     )
@@ -548,21 +643,23 @@ def _check(s: NeuralMixture) -> None:
     rules: list[Rule] = [
         ("over_clusters", lambda v: v >= 2, "must be at least 2"),
         (
-            "num_clusters networks heads width hidden iterations",
+            "num_clusters networks heads anchors width hidden iterations",
             lambda v: v >= 1,
             "must be at least 1",
         ),
         ("gain learning_rate clip", lambda v: v > 0, "must be greater than 0"),
         (
-            "tau tau_start over_heads rotate shift scale shear jitter noise steps weight_decay",
+            "tau tau_start over_heads neighbours rotate shift scale shear jitter noise steps",
             lambda v: v >= 0,
             "must not be negative",
         ),
         (
-            "prior_rate prior_floor prior_strength crop jitter_probability grey ema adam_b2",
+            "prior_rate prior_floor prior_strength neighbour_share crop jitter_probability grey",
             lambda v: 0 <= v <= 1,
             "must lie between 0 and 1",
         ),
+        ("ema adam_b2", lambda v: 0 <= v <= 1, "must lie between 0 and 1"),
+        ("weight_decay", lambda v: v >= 0, "must not be negative"),
         ("scale crop", lambda v: v < 1, "must be below 1"),
     ]
     check_settings(s, rules)
