@@ -191,7 +191,8 @@ def thumbnails(x: Float[Array, "b *s"]) -> Float[Array, "b d"]:
     small = jax.image.resize(x, (x.shape[0], height, width, x.shape[3]), "linear")
     small = small.reshape(x.shape[0], -1)
     small -= small.mean(1, keepdims=True)
-    return small * jax.lax.rsqrt(jnp.sum(jnp.square(small), 1, keepdims=True) + 1e-12)
+    # What rounding leaves of an image of one colour is no direction.
+    return small * jax.lax.rsqrt(jnp.sum(jnp.square(small), 1, keepdims=True) + 1e-6)
 
 
 def imported(architecture: Mapping[str, Any], spec: DataSpec) -> Denoiser:

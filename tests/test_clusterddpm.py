@@ -347,8 +347,11 @@ def test_mixture_is_fitted_to_everything_and_padding_has_no_effect():
     assert 0 < info["smallest_weight"] <= info["largest_weight"] < 1
 
 
-@pytest.mark.parametrize("start", ["graph", "layers", "likelihood"])
-def test_the_first_mixture_has_the_moments_of_the_groups(start: str):
+@pytest.mark.parametrize(
+    ("start", "clearer"),
+    [("graph", ""), ("layers", "layers"), ("layers", "thumbnails"), ("likelihood", "")],
+)
+def test_the_first_mixture_has_the_moments_of_the_groups(start: str, clearer: str):
     rng = np.random.default_rng(0)
     truth = rng.integers(0, 3, 120)
     # Where the denoiser's layers are looked at the latents overlap.
@@ -356,7 +359,8 @@ def test_the_first_mixture_has_the_moments_of_the_groups(start: str):
     mean = (apart * np.eye(3)[truth] + 0.5 * rng.normal(size=(120, 3))).astype(np.float32)
     variance = np.full((120, 3), 0.1, np.float32)
     layers = np.stack([5 * np.eye(4)[truth], 5 * np.eye(4)[(truth + 1) % 3]], 1)
-    layers += 0.5 * rng.normal(size=layers.shape)
+    layers += (0.5 if clearer == "layers" else 9.0) * rng.normal(size=layers.shape)
+    small = 5 * np.eye(5)[truth] + (9.0 if clearer == "layers" else 0.5) * rng.normal(size=(120, 5))
     method = ClusterDDPM(**TINY, start=start).build(DataSpec((8, 8, 1), 120))
     stage = method.phases["em"].begin
     assert stage is not None
@@ -367,11 +371,13 @@ def test_the_first_mixture_has_the_moments_of_the_groups(start: str):
 
     seen: Any = padded(mean), padded(variance)
     if start == "layers":
-        seen = seen, padded(layers)
+        seen = seen, padded(layers), padded(small)
     weight = jnp.asarray(np.arange(128) < 120, jnp.float32)
     _, found, info = stage.update({}, empty, seen, weight, jax.random.key(2), 0.0)
-    assert set(info) == {"mixture_log_likelihood" if start == "likelihood" else "modularity"}
+    assert set(info) >= {"mixture_log_likelihood" if start == "likelihood" else "modularity"}
     if start == "layers":
+        best = "thumbnails" if info["modularity_thumbnails"] > info["modularity"] else "layers"
+        assert best == clearer
         assert adjusted_rand_score(found.start.values, truth) == 1
     found = found.mixture
     order = np.asarray(found.means).argmax(1).argsort()
@@ -432,16 +438,37 @@ def test_layers_are_sketched_without_the_latent_and_by_the_example_alone():
     moved = jax.tree.map(lambda a: a + 0.1, params["denoiser"])
     params = {**params, "denoiser": moved}
     collect = jax.jit(stage.collect)
-    (mean, _), layers = collect(params, cluster, batch, jax.random.key(2))
+    (mean, _), layers, small = collect(params, cluster, batch, jax.random.key(2))
     assert layers.shape == (40, 3, 64)
+    np.testing.assert_allclose(small, features.thumbnails(x), atol=1e-5)
     part = jax.tree.map(lambda a: a[5:9], batch)
     np.testing.assert_allclose(
         collect(params, cluster, part, jax.random.key(3))[1], layers[5:9], atol=1e-4
     )
     other = {**params, "encoder": jax.tree.map(lambda a: a + 0.1, params["encoder"])}
-    (others, _), same = collect(other, cluster, batch, jax.random.key(2))
+    (others, _), same, _ = collect(other, cluster, batch, jax.random.key(2))
     assert np.abs(others - mean).max() > 1e-3
     np.testing.assert_array_equal(same, layers)
+
+
+def test_thumbnails_tell_correlation_from_brightness_and_contrast():
+    rng = np.random.default_rng(0)
+    x = jnp.asarray(rng.normal(size=(6, 28, 20, 3)), jnp.float32)
+    small = np.asarray(features.thumbnails(x))
+    assert small.shape == (6, 14 * 14 * 3)
+    np.testing.assert_allclose((small**2).sum(1), 1, atol=1e-5)
+    squares = ((small[:, None] - small) ** 2).sum(2)
+    np.testing.assert_allclose(squares, 2 - 2 * np.corrcoef(small), atol=1e-5)
+    np.testing.assert_allclose(features.thumbnails(0.3 * x - 0.5), small, atol=1e-5)
+    # As large as they are: nothing is lost; a constant image has no direction.
+    tiny = rng.normal(size=(4, 8, 8, 1)).astype(np.float32)
+    flat = (tiny - tiny.mean((1, 2, 3), keepdims=True)).reshape(4, -1)
+    flat /= np.linalg.norm(flat, axis=1, keepdims=True)
+    np.testing.assert_allclose(features.thumbnails(jnp.asarray(tiny)), flat, atol=1e-5)
+    np.testing.assert_allclose(features.thumbnails(jnp.ones((1, 30, 30, 1))), 0, atol=1e-2)
+    np.testing.assert_array_equal(
+        features.thumbnails(jnp.arange(6.0).reshape(2, 3)), [[0, 1, 2], [3, 4, 5]]
+    )
 
 
 def test_sketches_keep_distances():

@@ -15,8 +15,8 @@ Encoder    q(z|x) = N(m(x), diag v(x))
              the loss is proportional to the negative ELBO with its weights averaged.
 (6) sample   c, then z ~ N(mu_c, temperature^2 s_c^2), then x by guided DDIM.
 (7) start    the first mixture has the moments of K groups found without labels; those of the
-             denoiser's layers are also g of (3) or (4) and the responsibilities of (1), for as
-             long as they are held.
+             denoiser's layers, or of thumbnails where these have the higher modularity, are also
+             g of (3) or (4) and the responsibilities of (1), for as long as they are held.
 
 Sources: the abstract (EM, conditional DDPM, KL to the mixture), the official code (main.py of
 Jarvisyan/ClusterDDPM-pytorch at 2d4c950) for everything else about the method; deviations and
@@ -115,8 +115,9 @@ class ClusterDDPM:
         mixture_iterations: EM iterations of the mixture per E-step.
         start: the first mixture, each the best of several: of the ``graph``, from the
             communities of the neighbour graph of the latents; of the ``layers``, from those of all
-            of the denoiser's layers side by side, which are then held; or the one of highest
-            ``likelihood``, which suits groups of very different sizes better.
+            of the denoiser's layers side by side, or of the images' thumbnails if they have the
+            higher modularity, which are then held; or the one of highest ``likelihood``, which
+            suits groups of very different sizes better.
         hold: share of the EM phase in which the groups of the ``layers`` are the
             responsibilities; the other starts hold nothing.
         anchors: examples among which neighbours are looked for: all, or as many drawn from more.
@@ -209,7 +210,7 @@ class Clusters:
 
     Attributes:
         mixture: over the latents.
-        start: int32 [n], the groups of the layers' graph; zeros if there was none.
+        start: int32 [n], the groups of the layers' or thumbnails' graph; zeros if there is none.
     """
 
     mixture: Mixture
@@ -453,7 +454,7 @@ def _method(
     # -- the first mixture, equation (7) --
 
     def look(params: Params, cluster: Clusters, batch: Batch, key: PRNGKeyArray) -> Any:
-        """The latents, and sketches of the denoiser's layers, [b, layers, size]."""
+        """The latents, sketches of the denoiser's layers [b, layers, size], and thumbnails."""
         bare = features.without_latent(denoiser, s.latent, grid, prediction)
         extract = features.describe(bare, spec.shape, pool="layout", draws=4)
         # The cleanest level that training knows: of noisier features several different partitions
@@ -463,8 +464,9 @@ def _method(
         def of_block(x: Array) -> Array:
             return features.sketches(extract, params["denoiser"], x, timestep, _SKETCH)
 
-        layers = features.in_blocks(of_block, ranged(batch))
-        return collect(params, cluster, batch, key), jnp.moveaxis(layers, 0, 1)
+        layers = jnp.moveaxis(features.in_blocks(of_block, ranged(batch)), 0, 1)
+        small = features.thumbnails(batch["image"])
+        return collect(params, cluster, batch, key), layers, small
 
     def side_by_side(layers: Array, key: PRNGKeyArray) -> Array:
         """Each layer along its principal axes, of variance 1 and one length, [n, d]."""
@@ -504,11 +506,15 @@ def _method(
         key: PRNGKeyArray,
         progress: Array,
     ) -> tuple[Params, Clusters, Metrics]:
-        (latents, layers), weight = spread.trimmed((seen, weight), n)
+        (latents, layers, small), weight = spread.trimmed((seen, weight), n)
         axes_key, groups_key = jax.random.split(key)
-        groups = partition(groups_key, side_by_side(layers, axes_key), weight)
+        inner = partition(groups_key, side_by_side(layers, axes_key), weight)
+        outer = partition(groups_key, small, weight)
+        better = outer.modularity > inner.modularity
+        groups = jax.tree.map(lambda a, b: jnp.where(better, a, b), outer, inner)
         mixture = of_groups(groups.labels, cluster, latents, weight)
-        return params, Clusters(mixture, Table(groups.labels, n)), {"modularity": groups.modularity}
+        info = {"modularity": inner.modularity, "modularity_thumbnails": outer.modularity}
+        return params, Clusters(mixture, Table(groups.labels, n)), info
 
     def likeliest(
         params: Params,
