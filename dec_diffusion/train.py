@@ -207,7 +207,7 @@ def _run(
         if first == 0:
             if phase.begin is not None:
                 # It looks at all examples, which can take as long as the phase before.
-                progress.note(f"{name}: finding the groups to begin with ...")
+                progress.note(f"{name}: looking at all examples to begin with ...")
             state, _ = begin(state)
         scores: dict[str, float] = {}
         for iteration in range(first + 1, phase.iterations + 1):

@@ -233,7 +233,7 @@ def test_the_output_tells_progress_and_results(finished):
     assert re.fullmatch(
         r"100%  em 6/6  0:00 left  [\d,]+ examples/s  loss \S+  .*acc \S+  nmi \S+", progress[-1]
     )
-    assert "em: finding the groups to begin with ..." in lines
+    assert "em: looking at all examples to begin with ..." in lines
     assert any(line.startswith("this run ") for line in lines)
     assert f"results: {finished.workdir}" in lines
     assert "\r" not in finished.stdout

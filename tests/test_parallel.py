@@ -166,7 +166,7 @@ phase = method.phases["em"]._replace(tx=__import__("optax").adam(1e-3, eps=1e-4)
 results = []
 for shard in (False, True):
     state = engine.init_state(method, KEY, parallel.first_batch(table))
-    state = placement.place_state(state, shard_params=shard)
+    state = placement.place_state(state, num_rows=table.rows.size, shard_params=shard)
     begin, iterate = parallel.compile_phase(
         phase, table, KEY, batch_size=24, shard_params=shard
     )
@@ -174,8 +174,8 @@ for shard in (False, True):
     for _ in range(2):
         state, metrics = iterate(state)
     parts = [leaf for leaf in jax.tree.leaves(state) if not leaf.sharding.is_fully_replicated]
-    # Weights, their average and both moments of the optimiser.
-    assert len(parts) == (4 * 3 if shard else 0), [x.shape for x in parts]
+    # Two tables; weights, their average and both moments of the optimiser.
+    assert len(parts) == 2 + (4 * 3 if shard else 0), [x.shape for x in parts]
     assert all(s.data.size * 8 == leaf.size for leaf in parts for s in leaf.addressable_shards)
     results.append((jax.tree.map(np.asarray, placement.local(state)), metrics))
 for a, b in zip(*map(jax.tree.leaves, results)):
