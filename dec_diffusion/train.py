@@ -204,11 +204,13 @@ def _run(
         begin, iterate = parallel.compile_phase(
             phase, data, phase_key, batch_size=spec.batch_size, shard_params=shard
         )
+        begun: dict[str, np.ndarray] = {}
         if first == 0:
             if phase.begin is not None:
                 # It looks at all examples, which can take as long as the phase before.
                 progress.note(f"{name}: looking at all examples to begin with ...")
-            state, _ = begin(state)
+            state, begun = begin(state)
+            begun.pop("converged", None)
         scores: dict[str, float] = {}
         for iteration in range(first + 1, phase.iterations + 1):
             start = time.monotonic()
@@ -225,7 +227,9 @@ def _run(
                     _warn_of_sizes(fresh, config.method.num_clusters, step)
                     scores = fresh
             rate = phase.steps * spec.batch_size / seconds
-            record = {k: float(np.mean(v)) for k, v in metrics.items()} | fresh
+            # What was found on entering the phase stands in its first record.
+            record = {k: float(np.mean(v)) for k, v in (begun | metrics).items()} | fresh
+            begun = {}
             record = {"step": step, "phase": name, "iteration": iteration} | record
             record |= {"seconds": seconds, "examples_per_second": rate}
             place.append_metrics(record)

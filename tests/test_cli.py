@@ -223,6 +223,9 @@ def test_metrics_record_every_iteration_once(finished):
     scored = [r["step"] for r in records if "acc" in r]
     assert scored == [4 * STEPS, 6 * STEPS, LAST]
     assert steps_of(finished.workdir) == [LAST - STEPS, LAST]
+    # What a phase began with stands in its first record.
+    begun = [(r["phase"], r["iteration"]) for r in records if "modularity" in r]
+    assert begun == [("em", 1)]
 
 
 def test_the_output_tells_progress_and_results(finished):
