@@ -15,7 +15,7 @@ Encoder    q(z|x) = N(m(x), diag v(x))
              the loss is proportional to the negative ELBO with its weights averaged.
 (6) sample   c, then z ~ N(mu_c, temperature^2 s_c^2), then x by guided DDIM.
 (7) start    the first mixture has the moments of K groups found without labels; those of the
-             denoiser's layers, or of thumbnails where these have the higher modularity, are also
+             denoiser's layers, or of thumbnails where their modularity is clearly higher, are also
              g of (3) or (4) and the responsibilities of (1), for as long as they are held.
 
 Sources: the abstract (EM, conditional DDPM, KL to the mixture), the official code (main.py of
@@ -61,6 +61,7 @@ from dec_diffusion.types import (
     pytree,
 )
 
+_CLEARER = 0.01  # modularity by which thumbnails must be ahead of the layers; starts differ by .004
 _REACH = 2.0  # standard deviations about the mean log-SNR in which training draws most
 _SKETCH, _AXES = 64, 24  # directions, and principal axes in them, of each of the denoiser's layers
 
@@ -115,8 +116,8 @@ class ClusterDDPM:
         mixture_iterations: EM iterations of the mixture per E-step.
         start: the first mixture, each the best of several: of the ``graph``, from the
             communities of the neighbour graph of the latents; of the ``layers``, from those of all
-            of the denoiser's layers side by side, or of the images' thumbnails if they have the
-            higher modularity, which are then held; or the one of highest ``likelihood``, which
+            of the denoiser's layers side by side, or of the images' thumbnails if their modularity
+            is clearly higher, which are then held; or the one of highest ``likelihood``, which
             suits groups of very different sizes better.
         hold: share of the EM phase in which the groups of the ``layers`` are the
             responsibilities; the other starts hold nothing.
@@ -510,7 +511,7 @@ def _method(
         axes_key, groups_key = jax.random.split(key)
         inner = partition(groups_key, side_by_side(layers, axes_key), weight)
         outer = partition(groups_key, small, weight)
-        better = outer.modularity > inner.modularity
+        better = outer.modularity > inner.modularity + _CLEARER
         groups = jax.tree.map(lambda a, b: jnp.where(better, a, b), outer, inner)
         mixture = of_groups(groups.labels, cluster, latents, weight)
         info = {"modularity": inner.modularity, "modularity_thumbnails": outer.modularity}

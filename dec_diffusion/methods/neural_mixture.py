@@ -258,7 +258,7 @@ def swapped_loss(
     near: Int[Array, "n g *h"] | None = None,
     share: float = 0.0,
 ) -> Float[Array, "*h"]:
-    """Equation (6), from log pi_k p_k of both views; with ``near``, in the terms of (10)."""
+    """Equation (6), from log pi_k p_k of both views; ``near`` and ``share`` as for (10)."""
 
     def gamma(log_joint: Array) -> Array:
         own = responsibilities(log_joint, tau)
