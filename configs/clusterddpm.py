@@ -17,8 +17,8 @@ Measured (mean and standard deviation over seeds 0 to 4, no selection, labels fo
 
 digits      ACC .948 +- .003, NMI .914 +- .005, ARI .894 +- .005; the command above with
             --config.seed=0 ... 4. The first run takes 1 min 59 s and 1.73 GiB on two idle cores
-mnist_cpu   seeds 0 and 1: ACC .929 and .926, NMI .859 and .853, ARI .854 and .849 (k-means on
-            pixels .542, .500, .377), 19 and 27 min on one core of two that other work shared
+mnist_cpu   seed 0: ACC .944, NMI .885, ARI .882 (k-means on pixels .542, .500, .377), 18 min on one
+            core of two that other work shared
 usps        seeds 0 and 1: ACC .975 and .975, NMI .935 and .934, ARI .951 and .951 (k-means on
             pixels .668, .627, .545), 21 min on one core of two that other work shared
 the others  not measured: no accelerator was at hand
@@ -27,8 +27,8 @@ the others  not measured: no accelerator was at hand
 from dec_diffusion.config import Config, Variants, of_variant
 from dec_diffusion.methods.clusterddpm import ClusterDDPM
 
-# The layers of the denoiser tell groups apart that its latents do not. Balancing would undo groups
-# of unequal size.
+# The layers of the denoiser, or thumbnails, tell groups apart that its latents do not. Balancing
+# would undo groups of unequal size.
 _LAYERS = {"start": "layers", "balance_iterations": 0, "em_iterations": 24}
 
 # Three resolutions of a 28x28 image; an iteration is one pass over the data.

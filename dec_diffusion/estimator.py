@@ -475,7 +475,7 @@ class NeuralMixture(_Estimator):
                 "over_heads": 1,
                 "neighbours": 5,
                 "iterations": 9,
-                "steps": 0,
+                "steps": 273,
                 "learning_rate": 3e-3,
             },
             256,
