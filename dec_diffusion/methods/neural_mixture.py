@@ -640,6 +640,14 @@ def _optimiser(s: NeuralMixture, steps: int) -> optax.GradientTransformation:
 
 
 def _check(s: NeuralMixture) -> None:
+    sizes = (
+        "tau tau_start over_heads neighbours rotate shift scale shear jitter noise steps"
+        " weight_decay"
+    )
+    shares = (
+        "prior_rate prior_floor prior_strength neighbour_share crop jitter_probability grey ema"
+        " adam_b2"
+    )
     rules: list[Rule] = [
         ("over_clusters", lambda v: v >= 2, "must be at least 2"),
         (
@@ -648,18 +656,8 @@ def _check(s: NeuralMixture) -> None:
             "must be at least 1",
         ),
         ("gain learning_rate clip", lambda v: v > 0, "must be greater than 0"),
-        (
-            "tau tau_start over_heads neighbours rotate shift scale shear jitter noise steps",
-            lambda v: v >= 0,
-            "must not be negative",
-        ),
-        (
-            "prior_rate prior_floor prior_strength neighbour_share crop jitter_probability grey",
-            lambda v: 0 <= v <= 1,
-            "must lie between 0 and 1",
-        ),
-        ("ema adam_b2", lambda v: 0 <= v <= 1, "must lie between 0 and 1"),
-        ("weight_decay", lambda v: v >= 0, "must not be negative"),
+        (sizes, lambda v: v >= 0, "must not be negative"),
+        (shares, lambda v: 0 <= v <= 1, "must lie between 0 and 1"),
         ("scale crop", lambda v: v < 1, "must be below 1"),
     ]
     check_settings(s, rules)
