@@ -11,19 +11,25 @@ Each baseline is scikit-learn at settings fixed here; the fits never see labels:
   (on scikit-learn's digits floors of 0.01 to 0.3 differ by under 0.02 in mean accuracy and by
   0.03 in NMI, in favour of the larger).
 
+* Communities of a neighbour graph (``communities``), the partition of highest modularity of
+  ``GRAPH_STARTS``, among ``GRAPH_ROWS`` rows at most, along ``GRAPH_AXES`` principal axes if there
+  are more; of more rows the others join the group of most of their five nearest. Not of more than
+  ``GRAPH_CLUSTERS`` clusters.
+
+* UMAP to ``UMAP_AXES`` dimensions (15 neighbours, no distance kept between points), then k-means
+  as above; only where the extra ``umap`` is installed.
+
 ``limit`` fits on that many randomly drawn rows, and ``MAX_FITTED`` on as many as memory bears; all
 rows are labelled and scored all the same, a part at a time, except that the silhouette is that of
 the rows fitted. So the input may be mapped from a file larger than memory. Inputs are centred
 first: neither method sees a shift, but float32 squares do. Arrays above ``MAX_DOUBLE`` elements are
 taken in float32 to halve the memory, others in float64.
 
-* UMAP to ``UMAP_AXES`` dimensions (15 neighbours, no distance kept between points), then k-means
-  as above; only where the extra ``umap`` is installed.
-
 No global state is touched (random numbers, warnings, thread pools), so calls may run in threads.
 The same seed gives the same result up to the order of floating-point sums inside the thread pool.
 """
 
+import functools
 import importlib.util
 import time
 from collections.abc import Callable
@@ -41,6 +47,18 @@ LARGE = 20_000
 VARIANCE_FLOOR = 0.1
 """Added to each variance of the mixture, in units of the mean feature variance."""
 
+GRAPH_ROWS = 10_000
+"""Rows among which the graph's neighbours are looked for."""
+
+GRAPH_CLUSTERS = 200
+"""Clusters above which the graph is left out: its time grows with rows times clusters."""
+
+GRAPH_AXES = 50
+"""Principal axes in which they are looked for."""
+
+GRAPH_STARTS = 5
+"""Starts of the graph's communities."""
+
 UMAP_AXES = 10
 """Dimensions that UMAP keeps for k-means; two are for looking at."""
 
@@ -52,6 +70,9 @@ MAX_FITTED = 2**26
 
 _CHUNK = 2**22
 """Elements that are labelled at a time where not all rows are fitted."""
+
+View = Callable[[np.ndarray], np.ndarray]
+"""From rows [m, d] of the input to those that a baseline is fitted on [m, e]."""
 
 Predict = Callable[[np.ndarray], Any]
 """From rows [m, d] to the cluster [m] of each."""
@@ -78,8 +99,11 @@ def baselines(
     seed: int,
     limit: int | None = None,
     scale: ArrayLike | None = None,
+    view: View | None = None,
 ) -> dict[str, Baseline]:
-    """The baselines on scaled inputs: ``kmeans_pixels``, ``gmm_pixels``, perhaps ``umap_pixels``.
+    """The baselines on scaled inputs: ``kmeans_pixels``, ``gmm_pixels``, and perhaps two others.
+
+    ``graph_pixels`` of up to ``GRAPH_CLUSTERS`` clusters, ``umap_pixels`` where UMAP is installed.
 
     Args:
         x_flat: [n, d] finite inputs.
@@ -88,11 +112,15 @@ def baselines(
         seed: of the starts and of the draw of ``limit`` rows.
         limit: most rows to fit on; None means all.
         scale: [d] positive, what features are divided by; None leaves them.
+        view: of rows [m, d] as they come, what the graph compares, float [m, e]; None is the
+            scaled inputs.
 
     Raises:
         InputError: wrong shape, non-finite values, or k or ``limit`` out of range.
     """
     methods = {"kmeans_pixels": kmeans_on, "gmm_pixels": gmm_on}
+    if k <= GRAPH_CLUSTERS:
+        methods["graph_pixels"] = functools.partial(graph_on, view=view)
     if importlib.util.find_spec("umap"):
         methods["umap_pixels"] = umap_on
     return {
@@ -167,6 +195,53 @@ def gmm_on(
     return _run(fit, embedding, k, labels_true, seed, limit, scale)
 
 
+def graph_on(
+    embedding: ArrayLike | Rows,
+    k: int,
+    labels_true: ArrayLike | None = None,
+    *,
+    seed: int,
+    limit: int | None = None,
+    scale: ArrayLike | None = None,
+    view: View | None = None,
+) -> Baseline:
+    """Communities of the neighbour graph of what ``view`` shows; arguments as `baselines`."""
+
+    def fit(fitted: np.ndarray) -> tuple[Predict, dict[str, Any]]:
+        import jax
+        from sklearn.decomposition import PCA
+        from sklearn.neighbors import KNeighborsClassifier
+        from sklearn.pipeline import make_pipeline
+
+        from dec_diffusion import communities
+
+        rows, axes = len(fitted), min(GRAPH_AXES, *fitted.shape)
+        project = PCA(axes, svd_solver="randomized", random_state=seed)
+        z = project.fit_transform(fitted).astype(np.float32)
+        found = communities.partition(
+            jax.random.key(seed),
+            jax.numpy.asarray(z),
+            k,
+            weight=jax.numpy.ones(rows),
+            anchors=jax.numpy.arange(rows),
+            restarts=GRAPH_STARTS,
+        )
+        labels = np.asarray(found.labels)
+        nearest = KNeighborsClassifier(min(5, rows)).fit(z, labels)
+        others = make_pipeline(project, nearest)
+        settings = {
+            "method": "communities of a neighbour graph",
+            "starts": GRAPH_STARTS,
+            "axes": axes,
+            "modularity": float(found.modularity),
+        }
+        return lambda points: labels if points is fitted else others.predict(points), settings
+
+    most = max(k, GRAPH_ROWS)
+    limit = most if limit is None else min(limit, most)
+    return _run(fit, embedding, k, labels_true, seed, limit, scale, view)
+
+
 def umap_on(
     embedding: ArrayLike | Rows,
     k: int,
@@ -211,6 +286,7 @@ def _run(
     seed: int,
     limit: int | None,
     scale: ArrayLike | None,
+    view: View | None = None,
 ) -> Baseline:
     """Check, centre, time and score ``fit(fitted rows) -> (predict, settings)``."""
     given, mean = _checked(embedding)
@@ -226,6 +302,8 @@ def _run(
     divisor = None if scale is None else np.asarray(scale, dtype)
 
     def points(part: np.ndarray) -> np.ndarray:
+        if view is not None:
+            return view(part)
         centred = part.astype(dtype)
         centred -= mean.astype(dtype)
         if divisor is not None:

@@ -4,9 +4,10 @@ import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import jax.numpy as jnp
 import numpy as np
 
-from dec_diffusion import metrics, parallel
+from dec_diffusion import features, metrics, parallel
 from dec_diffusion.baselines import baselines, gmm_on, kmeans_on
 from dec_diffusion.data import Dataset
 from dec_diffusion.data.shards import flat
@@ -96,12 +97,17 @@ def compare(
     x = flat(dataset.examples)
     scale = None if dataset.is_image else dataset.scale
     truth = dataset.labels
-    found = dict(baselines(x, num_clusters, truth, seed=seed, limit=_BASELINE_ROWS, scale=scale))
+    knobs: dict[str, Any] = {"seed": seed, "limit": _BASELINE_ROWS}
+    view = functools.partial(_thumbnails, dataset.example_shape) if dataset.is_image else None
+    found = dict(baselines(x, num_clusters, truth, scale=scale, view=view, **knobs))
     for name, method in (("kmeans_latents", kmeans_on), ("gmm_latents", gmm_on)):
-        found[name] = method(
-            assignment.embedding, num_clusters, truth, seed=seed, limit=_BASELINE_ROWS
-        )
+        found[name] = method(assignment.embedding, num_clusters, truth, **knobs)
     return {
         name: {key: value for key, value in result.items() if key != "labels"}
         for name, result in found.items()
     }
+
+
+def _thumbnails(shape: tuple[int, ...], rows: np.ndarray) -> np.ndarray:
+    """``features.thumbnails`` of images given as vectors [m, d]."""
+    return np.asarray(features.thumbnails(jnp.asarray(rows.reshape(-1, *shape), jnp.float32)))

@@ -8,11 +8,12 @@ from sklearn.cluster import KMeans
 from sklearn.datasets import load_digits, make_blobs
 from sklearn.metrics import adjusted_rand_score
 
-from dec_diffusion.baselines import LARGE, baselines, gmm_on, kmeans_on
+from dec_diffusion import baselines as module
+from dec_diffusion.baselines import LARGE, baselines, gmm_on, graph_on, kmeans_on
 from dec_diffusion.metrics import external_scores, internal_scores
 from dec_diffusion.types import InputError
 
-METHODS = [kmeans_on, gmm_on]
+METHODS = [kmeans_on, gmm_on, graph_on]
 
 
 def blobs(n: int = 300) -> tuple[np.ndarray, np.ndarray]:
@@ -28,13 +29,14 @@ def digits() -> tuple[np.ndarray, np.ndarray]:
 def test_separated_blobs_are_found(names: np.ndarray) -> None:
     x, labels = blobs()
     found = baselines(x, 4, names[labels], seed=0)
-    assert {"kmeans_pixels", "gmm_pixels"} <= set(found)
-    for result in (found["kmeans_pixels"], found["gmm_pixels"]):
+    assert {"kmeans_pixels", "gmm_pixels", "graph_pixels"} <= set(found)
+    for name in ("kmeans_pixels", "gmm_pixels", "graph_pixels"):
+        result = found[name]
         assert result["scores"]["acc"] == result["scores"]["ari"] == 1.0
         assert result["labels"].shape == (300,)
         assert result["labels"].dtype == np.int32
         assert result["seconds"] > 0
-        assert result["settings"]["converged"]
+        assert result["settings"].get("converged", True)
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -53,6 +55,40 @@ def test_labels_change_scores_only(method) -> None:
     blind, seeing = method(x, 10, seed=0), method(x, 10, labels[::-1], seed=0)
     np.testing.assert_array_equal(blind["labels"], seeing["labels"])
     assert set(seeing["scores"]) - set(blind["scores"]) == set(external_scores([0], [0]))
+
+
+def test_the_graph_finds_digits_that_kmeans_does_not() -> None:
+    x, labels = digits()
+    graph = graph_on(x, 10, labels, seed=0)
+    assert graph["scores"]["nmi"] > kmeans_on(x, 10, labels, seed=0)["scores"]["nmi"] + 0.05
+    assert 0.7 < graph["settings"]["modularity"] < 0.9  # of ten groups at most 1 - 1 / 10
+
+
+def test_rows_beyond_the_graph_join_their_neighbours(monkeypatch) -> None:
+    x, labels = blobs()
+    monkeypatch.setattr(module, "GRAPH_ROWS", 100)
+    result = graph_on(x, 4, labels, seed=0)
+    assert result["settings"]["rows_fitted"] == 100
+    assert result["scores"]["acc"] == 1.0
+    # As many clusters as that, or more, take as many rows.
+    assert graph_on(x, 120, seed=0)["settings"]["rows_fitted"] == 120
+
+
+def test_the_graph_is_left_out_of_very_many_clusters() -> None:
+    x, _ = blobs()
+    assert "graph_pixels" in baselines(x, 200, seed=0)
+    more = baselines(x, 201, seed=0)
+    assert "kmeans_pixels" in more
+    assert "graph_pixels" not in more
+
+
+def test_the_graph_compares_what_its_view_shows() -> None:
+    x, labels = blobs()
+    noise = np.random.default_rng(0).normal(size=(300, 5))
+    both = np.concatenate([100 * noise, x], axis=1)
+    seen = baselines(both, 4, labels, seed=0, view=lambda rows: rows[:, 5:])
+    assert seen["graph_pixels"]["scores"]["acc"] == 1.0
+    assert seen["kmeans_pixels"]["scores"]["acc"] < 0.6
 
 
 def test_umap_is_a_baseline_where_it_is_installed() -> None:
@@ -100,11 +136,9 @@ def test_limit_fits_few_rows_and_labels_all(method) -> None:
 
 def test_many_rows_get_fewer_starts_and_say_so() -> None:
     x, labels = blobs(LARGE + 1)
-    result = baselines(x[:, :2], 4, labels, seed=0)
-    assert result["kmeans_pixels"]["settings"]["starts"] == 3
-    assert result["gmm_pixels"]["settings"]["starts"] == 1
-    few = baselines(x[:, :2], 4, seed=0, limit=500)
-    assert few["kmeans_pixels"]["settings"]["starts"] == 10
+    assert kmeans_on(x[:, :2], 4, labels, seed=0)["settings"]["starts"] == 3
+    assert gmm_on(x[:, :2], 4, labels, seed=0)["settings"]["starts"] == 1
+    assert kmeans_on(x[:, :2], 4, seed=0, limit=500)["settings"]["starts"] == 10
 
 
 @pytest.mark.parametrize("method", METHODS)

@@ -256,12 +256,19 @@ def test_doubtful_results_are_said_to_be_so_with_a_remedy(what):
     assert len(reader.all("article")) == 4
 
 
-def test_a_shallow_baseline_that_does_as_well_is_said_to():
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("gmm_pixels", "Gaussian mixture on the pixels"),
+        ("graph_pixels", "Clustering the neighbour graph of the images' thumbnails"),
+    ],
+)
+def test_a_shallow_baseline_that_does_as_well_is_said_to(name, words):
     dataset, found = images()
     a = assigned(found, 4)
     good = {"scores": evaluate.score(a, 4, dataset.labels)}
-    html, summary = make(dataset, found, 4, summary={"baselines": {"gmm_pixels": good}})
-    assert "Gaussian mixture on the pixels is as good" in " ".join(read(html).all("section"))
+    html, summary = make(dataset, found, 4, summary={"baselines": {name: good}})
+    assert f"{words} is as good" in " ".join(read(html).all("section"))
     assert page.notices(summary | {"baselines": {"kmeans_latents": good}}, a) == []
 
 

@@ -10,6 +10,7 @@ from dec_diffusion.data import Dataset
 _BASELINES = {
     "kmeans_pixels": "k-means on the {inputs}",
     "gmm_pixels": "Gaussian mixture on the {inputs}",
+    "graph_pixels": "clustering the neighbour graph of the {examples}",
     "umap_pixels": "k-means on a UMAP embedding of the {inputs}",
     "kmeans_latents": "k-means on the learned features",
     "gmm_latents": "Gaussian mixture on the learned features",
@@ -37,7 +38,8 @@ def method_name(config: Config) -> str:
 def baseline_name(name: str, is_image: bool) -> str:
     """What a baseline of the summary is, in words."""
     known = _BASELINES.get(name) or name.replace("_", " ")
-    return known.format(inputs="pixels" if is_image else "inputs")
+    inputs, examples = ("pixels", "images' thumbnails") if is_image else ("inputs", "inputs")
+    return known.format(inputs=inputs, examples=examples)
 
 
 def example_name(dataset: Dataset, i: int) -> str:
