@@ -334,6 +334,15 @@ def test_modes(tmp_path, image, options, name, row):
     np.testing.assert_array_equal(examples[0], np.tile(row, (6, 1, 1)))
 
 
+@pytest.mark.parametrize("name", ["a.png", "a.tif"])
+def test_dark_images_of_16_bits_are_warned_of(tmp_path, name):
+    save((WIDE // 16).astype(np.uint16), tmp_path / name)
+    save(WIDE, tmp_path / f"b{name}")
+    with pytest.warns(UserWarning, match=r"hold nothing above 8192.*\.npy"):
+        examples = load("folder", tmp_path).examples
+    assert examples[0].max() == 16  # 4095 of 65535 in 255ths
+
+
 def test_jpeg_is_close_to_what_was_saved(tmp_path):
     ramp = np.linspace(0, 255, 32)[:, None, None] * np.array([1.0, 0.5, 0.25])
     image = np.repeat(ramp, 32, axis=1).astype(np.uint8)

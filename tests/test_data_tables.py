@@ -132,6 +132,38 @@ def test_names_that_are_numbers_and_columns_without_names(tmp_path):
     np.testing.assert_array_equal(dataset.examples, X[:, [0, 2, 3]])
 
 
+@pytest.mark.parametrize("first", [0, 1])
+def test_numbers_that_count_four_columns_and_more_are_names(tmp_path, first):
+    def head(n: int) -> str:
+        return ",".join(str(first + i) for i in range(n)) + "\n"
+
+    path = put(tmp_path / "a.csv", head(4) + text(FEATURES, False))
+    np.testing.assert_array_equal(load(path).examples, X)
+    assert load(path).columns == tuple(str(first + i) for i in range(4))
+    # Of three columns it may as well be an example.
+    few = {name: FEATURES[name] for name in NAMES[:3]}
+    dataset = load(put(tmp_path / "b.csv", head(3) + text(few, False)))
+    np.testing.assert_array_equal(dataset.examples[0], first + np.arange(3))
+    assert dataset.columns is None
+
+
+@pytest.mark.parametrize("kind", ["csv", "parquet"])
+def test_columns_are_found_by_name(tmp_path, kind):
+    first = load(write(tmp_path / f"a.{kind}", FEATURES))
+    assert first.columns == tuple(NAMES)
+    turned = {name: FEATURES[name] for name in ["mass", "age", "width", "height"]}
+    other = load(write(tmp_path / f"b.{kind}", {"more": X[:, 0] ** 2} | turned))
+    found = data.with_columns(other, first.columns)
+    np.testing.assert_array_equal(found.examples, X)
+    np.testing.assert_array_equal(found.scale, first.scale)
+    assert found.columns == first.columns
+    assert data.with_columns(other, None) is other
+    unnamed = data.from_arrays(X)
+    assert data.with_columns(unnamed, first.columns) is unnamed
+    with pytest.raises(InputError, match=r"no column more, of which the run was trained"):
+        data.with_columns(first, other.columns)
+
+
 def test_parquet_types_of_numbers(tmp_path):
     columns = {
         "a": pa.array(range(30), pa.int8()),

@@ -65,6 +65,32 @@ def test_shards_tell_of_themselves_what_the_joined_array_tells():
             shards[wrong]
 
 
+@pytest.mark.parametrize("index", [3, slice(2, 12), [22, 0, 9]], ids=str)
+def test_shards_convert_what_is_read_and_nothing_else(index):
+    x = RNG.normal(size=(23, 4))
+    x[9, 0] = 1e300
+    shards = Shards(parts(x), np.float32)
+    with np.errstate(over="ignore"):
+        wanted = x.astype(np.float32)
+    np.testing.assert_array_equal(shards[index], wanted[index])
+    assert shards[index].dtype == np.float32
+    assert shards.nbytes == wanted.nbytes
+    np.testing.assert_array_equal(np.asarray(shards), wanted)
+    np.testing.assert_array_equal(np.stack(list(shards)), wanted)
+    assert all(part.dtype == np.float64 and np.shares_memory(part, x) for part in shards.parts)
+
+
+def test_a_mapped_file_of_doubles_is_converted_as_it_is_read(tmp_path):
+    x = RNG.normal(size=(23, 4))
+    np.save(tmp_path / "x.npy", x)
+    mapped = np.load(tmp_path / "x.npy", mmap_mode="r")
+    dataset = data.from_arrays(mapped)
+    assert isinstance(dataset.examples, Shards)
+    assert all(isinstance(part, np.memmap) for part in dataset.examples.parts)
+    np.testing.assert_array_equal(np.asarray(dataset.examples), x.astype(np.float32))
+    np.testing.assert_array_equal(dataset.offset, data.from_arrays(x).offset)
+
+
 @pytest.mark.parametrize("kind", ["colour", "grey", "vectors", "float64"])
 def test_a_folder_of_arrays_is_the_data_set_of_the_joined_file(tmp_path, kind):
     x = {"colour": IMAGES, "grey": IMAGES[..., 0]}.get(kind, RNG.normal(size=(23, 4)))

@@ -6,7 +6,13 @@ that needs them, and TensorFlow never is.
 """
 
 from dec_diffusion.data.config import DataConfig
-from dec_diffusion.data.dataset import Dataset, check_clusters, from_arrays, with_scaling
+from dec_diffusion.data.dataset import (
+    Dataset,
+    check_clusters,
+    from_arrays,
+    with_columns,
+    with_scaling,
+)
 from dec_diffusion.data.shares import Team
 from dec_diffusion.data.sources import column_names, load
 
@@ -18,5 +24,6 @@ __all__ = [
     "column_names",
     "from_arrays",
     "load",
+    "with_columns",
     "with_scaling",
 ]

@@ -47,8 +47,10 @@ class DataConfig:
         of any sizes and modes, made one size; needs no labels.
         ``csv``: a table of numbers as text in UTF-8, gzipped or not, one example per line; tab,
         semicolon or comma between the fields. Line 1 names the columns if any of its fields is no
-        number; else they are called 1, 2, ... The first column may be text that differs from row
-        to row, and is left out then; other columns of text must be dropped.
+        number, or if they count four and more columns from 0 or 1; else these are called 1, 2, ...
+        The first column may be text that differs from row to row, and is left out then; other
+        columns of text must be dropped. A table for a trained run may have its columns in another
+        order, and more of them.
         ``parquet``: a file, or a folder whose ``*.parquet`` files (in it or in its folder
         ``data``) are parts of one data set; needs pyarrow. Columns of numbers are read as for
         ``csv``. A column of encoded images (a struct of bytes and path, as Hugging Face data sets

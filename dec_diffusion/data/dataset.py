@@ -8,6 +8,7 @@ uint8 in memory. Images map their nominal range [low, high] to [-1, 1]:
 
 import dataclasses
 import math
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -28,6 +29,7 @@ class Dataset:
       offset: float32 scalar for images, [d] for vectors.
       scale: The same shape, positive; ``(examples - offset) / scale`` is what networks see.
       rows: int64 [n], each example's row in the source, which differs from 0..n-1 under a limit.
+      columns: The names of the features of a table that names them, all differently; else None.
     """
 
     name: str
@@ -37,6 +39,7 @@ class Dataset:
     offset: np.ndarray | np.float32
     scale: np.ndarray | np.float32
     rows: np.ndarray
+    columns: tuple[str, ...] | None = None
 
     @property
     def is_image(self) -> bool:
@@ -63,6 +66,7 @@ def from_arrays(
     limit: int | None = None,
     rows: np.ndarray | None = None,
     paths: list[str] | None = None,
+    columns: Sequence[str] | None = None,
 ) -> Dataset:
     """Validate arrays, take the subset and derive the scaling.
 
@@ -77,10 +81,13 @@ def from_arrays(
       limit: See ``DataConfig``.
       rows: int [n], the rows of the source that ``examples`` already are; None for 0..n-1.
       paths: One per example, or None.
+      columns: See ``Dataset``.
 
     Raises:
       InputError: dtype, shape, values or labels that cannot be clustered.
     """
+    if isinstance(examples, np.memmap) and examples.dtype not in (np.uint8, np.float32):
+        examples = Shards([examples])  # which converts rows as they are read
     examples = _with_channels(
         examples if isinstance(examples, Shards) else np.asarray(examples), source
     )
@@ -92,8 +99,13 @@ def from_arrays(
         labels = None if labels is None else labels[chosen]
         paths = None if paths is None else [paths[i] for i in chosen]
     if examples.dtype not in (np.uint8, np.float32):
-        with np.errstate(over="ignore"):  # an overflow becomes inf and is reported below
-            examples = each(examples, lambda part: part.astype(np.float32))
+        # An overflow becomes infinite, and is reported below.
+        with np.errstate(over="ignore"):
+            examples = (
+                Shards(examples.parts, np.float32)
+                if isinstance(examples, Shards)
+                else np.asarray(examples).astype(np.float32)
+            )
     _check_values(examples, rows, source)
     offset, scale = _image_scaling(examples, nominal) if examples.ndim == 4 else _moments(examples)
     return Dataset(
@@ -104,6 +116,7 @@ def from_arrays(
         offset=offset,
         scale=scale,
         rows=rows,
+        columns=tuple(columns) if columns and len({*columns}) == len(columns) else None,
     )
 
 
@@ -125,6 +138,31 @@ def with_scaling(
     return dataclasses.replace(
         dataset, offset=np.float32(offset), scale=np.float32(scale)
     )  # np.float32 keeps arrays arrays
+
+
+def with_columns(dataset: Dataset, columns: Sequence[str] | None) -> Dataset:
+    """A table with these columns in this order, its others left out; anything without names as is.
+
+    Raises:
+      InputError: the table lacks one of them.
+    """
+    if columns is None or dataset.columns is None or tuple(columns) == dataset.columns:
+        return dataset
+    missing = [name for name in columns if name not in dataset.columns]
+    if missing:
+        some = "" if len(missing) == 1 else f" (and {len(missing) - 1} more)"
+        raise InputError(
+            f"--config.data: {dataset.name} has no column {missing[0]}{some}, of which the run was"
+            " trained; give a table with the same columns, in any order"
+        )
+    places = [dataset.columns.index(name) for name in columns]
+    return dataclasses.replace(
+        dataset,
+        examples=dataset.examples[:][:, places],
+        offset=np.asarray(dataset.offset)[places],
+        scale=np.asarray(dataset.scale)[places],
+        columns=tuple(columns),
+    )
 
 
 def choose_rows(num_examples: int, limit: int | None) -> np.ndarray:

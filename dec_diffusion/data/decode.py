@@ -9,6 +9,7 @@ is dropped first, and images are scaled down by whole numbers before they are fi
 """
 
 import io
+import warnings
 from collections import Counter
 from collections.abc import Sequence
 from typing import BinaryIO
@@ -19,6 +20,7 @@ from PIL import Image, ImageOps
 from dec_diffusion.data import png
 from dec_diffusion.data.png import Size
 
+_DARK = 8192  # an eighth of what 16 bits hold
 _HEAD = 4096  # bytes that hold the header of most images
 LARGEST = 64  # pixels of the longer side, unless the user asks for more
 _ORIENTATION = 0x0112  # EXIF tag; from 5 on, height and width change places
@@ -133,6 +135,13 @@ def _on_white(image: Image.Image) -> Image.Image:
         values = np.asarray(image).astype(np.int64)
         if values.min() < 0 or values.max() > 65535:
             raise ValueError("its pixels have more than 16 bits; save 8 or 16 bits")
+        if 0 < values.max() < _DARK:
+            warnings.warn(
+                "16-bit images are read as 0 (black) to 65535 (white), and some hold nothing above "
+                f"{_DARK}: most of their grey levels are lost; if they have fewer bits in truth, "
+                "save them as a .npy array",
+                stacklevel=2,
+            )
         image = Image.fromarray(((values * 255 + 32767) // 65535).astype(np.uint8))
     elif image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info:
         image = image if image.mode == "RGBA" else image.convert("RGBA")

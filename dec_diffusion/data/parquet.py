@@ -266,7 +266,14 @@ def _table(config: DataConfig, path: Path, paths: Sequence[Path], files: Sequenc
     if columns.label is not None:
         labels = _labels(paths, files, names[columns.label])
     warn_of_counts(path, names, columns, examples)
-    return from_arrays(examples, labels, name=_name(path), source=str(path), limit=config.limit)
+    return from_arrays(
+        examples,
+        labels,
+        name=_name(path),
+        source=str(path),
+        limit=config.limit,
+        columns=[names[i] for i in columns.features],
+    )
 
 
 def _features(

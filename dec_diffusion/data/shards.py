@@ -22,14 +22,17 @@ class Shards:
 
     What is taken out by an index is a copy of those rows, after which the pages of mapped files
     that held them are given back: they would count as memory of the process, up to the whole file.
-    ``np.asarray`` joins all in memory.
+    ``np.asarray`` joins all in memory. What does not fit into ``dtype`` becomes infinite.
     """
 
-    def __init__(self, parts: Sequence[np.ndarray]) -> None:
-        """For at least one array; their shapes differ in the first axis only."""
+    def __init__(self, parts: Sequence[np.ndarray], dtype: Any = None) -> None:
+        """For at least one array; their shapes differ in the first axis only.
+
+        ``dtype`` is what rows are converted to as they are read; None is that of the arrays.
+        """
         self.parts = tuple(part for part in parts if len(part)) or tuple(parts[:1])
         self._ends = np.cumsum([len(part) for part in self.parts])
-        self.dtype: np.dtype[Any] = self.parts[0].dtype
+        self.dtype: np.dtype[Any] = np.dtype(dtype or self.parts[0].dtype)
         self.shape: tuple[int, ...] = (int(self._ends[-1]), *self.parts[0].shape[1:])
 
     @property
@@ -42,13 +45,14 @@ class Shards:
 
     @property
     def nbytes(self) -> int:
-        return sum(part.nbytes for part in self.parts)
+        return self.size * self.dtype.itemsize
 
     def __len__(self) -> int:
         return self.shape[0]
 
     def __iter__(self) -> Iterator[np.ndarray]:
-        return itertools.chain.from_iterable(self.parts)
+        rows = itertools.chain.from_iterable(self.parts)
+        return (_converted(row, self.dtype) for row in rows)
 
     def __getitem__(self, index: Any) -> np.ndarray:
         """The rows of an integer, a slice, or integers or a mask along the first axis."""
@@ -68,24 +72,25 @@ class Shards:
         return self._take(np.where(rows < 0, rows + n, rows).astype(np.int64))
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
-        return np.concatenate(self.parts).astype(dtype or self.dtype, copy=False)
+        return _converted(np.concatenate(self.parts), np.dtype(dtype or self.dtype))
 
     def _range(self, start: int, stop: int) -> np.ndarray:
         found, begin = [], 0
         for part, end in zip(self.parts, self._ends.tolist(), strict=True):
             if start < end and begin < stop:
-                found.append(np.array(part[max(0, start - begin) : stop - begin]))
+                rows = np.array(part[max(0, start - begin) : stop - begin])
+                found.append(_converted(rows, self.dtype))
                 give_back(part)
             begin = end
         if len(found) < 2:
-            return found[0] if found else np.array(self.parts[0][:0])
+            return found[0] if found else np.empty((0, *self.shape[1:]), self.dtype)
         return np.concatenate(found)
 
     def _take(self, rows: np.ndarray) -> np.ndarray:
         which = np.searchsorted(self._ends, rows, side="right")
         starts = np.concatenate([[0], self._ends])
         if rows.ndim == 0:
-            return np.array(self.parts[which][rows - starts[which]])
+            return _converted(np.array(self.parts[which][rows - starts[which]]), self.dtype)
         out = np.empty((rows.size, *self.shape[1:]), self.dtype)
         which, flat = which.reshape(-1), rows.reshape(-1)
         # A few at a time: with every row that is read the system maps pages around it.
@@ -93,9 +98,15 @@ class Shards:
         for number in np.unique(which):
             own = np.flatnonzero(which == number)
             for block in np.split(own, range(size, len(own), size)):
-                out[block] = self.parts[number][flat[block] - starts[number]]
+                taken = self.parts[number][flat[block] - starts[number]]
+                out[block] = _converted(taken, self.dtype)
                 give_back(self.parts[number])
         return out.reshape(*rows.shape, *self.shape[1:])
+
+
+def _converted(values: np.ndarray, dtype: np.dtype[Any]) -> np.ndarray:
+    with np.errstate(over="ignore"):
+        return values.astype(dtype, copy=False)
 
 
 def give_back(part: np.ndarray) -> None:
@@ -126,9 +137,9 @@ def flat(examples: Rows) -> Rows:
 
 
 def each(examples: Rows, function: Callable[[np.ndarray], np.ndarray]) -> Rows:
-    """``function``, which keeps the first axis, of all examples, or of those of each shard."""
+    """``function``, which keeps axis 0 and the dtype, of all examples or of each shard."""
     if isinstance(examples, Shards):
-        return Shards([function(part) for part in examples.parts])
+        return Shards([function(part) for part in examples.parts], examples.dtype)
     return function(np.asanyarray(examples))
 
 

@@ -29,6 +29,7 @@ _DELIMITERS = "\t;,"  # in this order, as commas may also be decimal points or s
 _MISSING = {"", "-", "?", "na", "n/a", "nan", "nil", "none", "null"}
 _HEAD = 20  # lines that tell what the file is
 _CHUNK = 4096  # rows that become numbers at a time
+_COUNTED = 3  # columns above which a first row 0, 1, 2 ... counts them and is no example
 _SHOWN = 10  # columns that a message lists
 
 
@@ -88,7 +89,14 @@ def read_csv(config: DataConfig) -> Dataset:
         examples, labels = _read_rows(path, names, columns, rest)
     warn_of_counts(path, names, columns, examples)
     name = path.name.removesuffix(".gz").rpartition(".")[0] or path.name
-    return from_arrays(examples, labels, name=name, source=str(path), limit=config.limit)
+    return from_arrays(
+        examples,
+        labels,
+        name=name,
+        source=str(path),
+        limit=config.limit,
+        columns=[names[i] for i in columns.features] if has_header else None,
+    )
 
 
 def column_names(path: Path) -> list[str]:
@@ -205,7 +213,7 @@ def _is_number(field: str) -> bool:
 
 
 def _has_header(path: Path, head: Sequence[_Row]) -> bool:
-    """Whether the first row names the columns: it does if any field is no number.
+    """Whether the first row names the columns: if any field is no number, or it counts them.
 
     Raises:
       InputError: if this would lose an example, as the second row has text in the same places and
@@ -217,6 +225,9 @@ def _has_header(path: Path, head: Sequence[_Row]) -> bool:
     counted = [str(i) for i in range(len(first))]
     if first == ["", *counted[:-1]]:  # as data frames without names are written
         return len(first) > 1
+    # The same without their index; of few columns it could be a row.
+    if len(first) > _COUNTED and first in (counted, [str(i + 1) for i in range(len(first))]):
+        return True
     if not any(text) or not any(numbers):
         return any(text)
     names_of_numbers = any(numbers == [str(i + j) for j in range(len(numbers))] for i in (0, 1))
