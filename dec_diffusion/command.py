@@ -21,7 +21,7 @@ from dec_diffusion.distributed import Pod
 from dec_diffusion.evaluate import Assignment
 from dec_diffusion.interrupt import Stop
 from dec_diffusion.networks import onednn
-from dec_diffusion.trained import Run, assign, load
+from dec_diffusion.trained import Run, assign, load, rescaled
 from dec_diffusion.types import InputError
 from dec_diffusion.workdir import Workdir
 
@@ -84,6 +84,8 @@ def _use(mode: str, config: Config, path: str, started: float, verbose: int) -> 
     else:
         dataset = _dataset(trained, verbose)
         known = results.read_prototypes(home)
+        if first:  # now, not after the work: a folder that cannot be made would lose it
+            _make(place.path)
         assignment = assign(trained, dataset)
         said = ""
         if first and mode == "predict":
@@ -236,17 +238,7 @@ def _with_settings(trained: Run, config: Config, path: str) -> Run:
 def _dataset(trained: Run, verbose: int) -> Dataset:
     """The data of the config, under the scaling of the training data."""
     dataset = reading.read(trained.config.data, shape=trained.spec.shape, verbose=verbose)
-    if dataset.is_image and not 0.5 <= dataset.scale / np.max(trained.scale) <= 2.0:
-        warnings.warn(
-            f"{dataset.name}: its values span {_span(dataset.offset, dataset.scale)}, those of the "
-            f"training data {_span(trained.offset, trained.scale)}; give data in the same units",
-            stacklevel=2,
-        )
-    return data.with_scaling(dataset, trained.offset, trained.scale)
-
-
-def _span(offset: Any, scale: Any) -> str:
-    return f"{np.min(offset - scale):g} to {np.max(offset + scale):g}"
+    return rescaled(trained, dataset)
 
 
 def _evaluate(
@@ -258,7 +250,6 @@ def _evaluate(
     known: Any,
     started: float,
 ) -> str:
-    _make(place.path)
     summary = results.write(
         trained,
         dataset,
@@ -272,14 +263,14 @@ def _evaluate(
 
 
 def _predict(dataset: Dataset, assignment: Assignment, place: Workdir, known: Any) -> str:
-    _make(place.path)
     results.write_assignments(dataset, assignment, place, known)
     return f"{dataset.num_examples:,} examples assigned: {place.path / workdir.ASSIGNMENTS}"
 
 
 def _sample(trained: Run, place: Workdir) -> str:
-    samples = results.sample(trained, seed=trained.config.seed)
+    results.generator(trained)
     _make(place.path)
+    samples = results.sample(trained, seed=trained.config.seed)
     np.save(place.path / "samples.npy", samples)
     said = f"{samples.shape[1]} examples of each of {samples.shape[0]} clusters: {place.path}"
     if trained.spec.is_image:

@@ -93,12 +93,17 @@ def score_labels(
 def compare(
     dataset: Dataset, assignment: Assignment, num_clusters: int, *, seed: int
 ) -> dict[str, Any]:
-    """Shallow baselines on the same data: on the inputs, and on the learned latents."""
+    """Shallow baselines on the same data: on the inputs, and on the learned latents.
+
+    None on fewer examples than clusters, which can be assigned to a trained run all the same.
+    """
+    if dataset.num_examples < num_clusters:
+        return {}
     x = flat(dataset.examples)
     scale = None if dataset.is_image else dataset.scale
     truth = dataset.labels
     knobs: dict[str, Any] = {"seed": seed, "limit": _BASELINE_ROWS}
-    view = functools.partial(_thumbnails, dataset.example_shape) if dataset.is_image else None
+    view = functools.partial(_thumbnails, dataset) if dataset.is_image else None
     found = dict(baselines(x, num_clusters, truth, scale=scale, view=view, **knobs))
     for name, method in (("kmeans_latents", kmeans_on), ("gmm_latents", gmm_on)):
         found[name] = method(assignment.embedding, num_clusters, truth, **knobs)
@@ -108,6 +113,7 @@ def compare(
     }
 
 
-def _thumbnails(shape: tuple[int, ...], rows: np.ndarray) -> np.ndarray:
-    """``features.thumbnails`` of images given as vectors [m, d]."""
-    return np.asarray(features.thumbnails(jnp.asarray(rows.reshape(-1, *shape), jnp.float32)))
+def _thumbnails(dataset: Dataset, rows: np.ndarray) -> np.ndarray:
+    """``features.thumbnails`` of images of a data set, given as vectors [m, d]."""
+    images = (rows.reshape(-1, *dataset.example_shape) - dataset.offset) / dataset.scale
+    return np.asarray(features.thumbnails(jnp.asarray(images, jnp.float32)))

@@ -1,5 +1,6 @@
 """Entry point of the command line; ``--help`` says what it takes, see ``options``."""
 
+import errno
 import gc
 import logging
 import os
@@ -14,6 +15,7 @@ from dec_diffusion import options
 # Nothing here imports JAX, so that help and bad options are answered at once.
 
 STOPPED = 75  # EX_TEMPFAIL of sysexits.h: not done, try again
+_UNWRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM)
 
 
 def execute(argv: list[str]) -> int:
@@ -40,6 +42,12 @@ def execute(argv: list[str]) -> int:
         return _failed(error, 2)
     except (FloatingPointError, LostProcessError) as error:
         return _failed(error, 1)
+    except OSError as error:
+        if error.errno not in _UNWRITABLE:
+            raise
+        where = f"{error.filename}: " if error.filename else ""
+        remedy = "make room or permit writing there, then give the same command again"
+        return _failed(f"{where}{error.strerror}; {remedy}", 1)
     except StoppedError as error:
         print(_clear() + str(error), file=sys.stderr, flush=True)
         return STOPPED

@@ -4,7 +4,7 @@ import dataclasses
 import importlib.metadata
 import json
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ from dec_diffusion.method import Findings
 from dec_diffusion.num_clusters import CHOICE
 from dec_diffusion.prototypes import Prototypes
 from dec_diffusion.trained import Run
-from dec_diffusion.types import AUTO, InputError
+from dec_diffusion.types import AUTO, Array, InputError
 from dec_diffusion.workdir import ASSIGNMENTS, Assigned, Workdir
 
 SUMMARY = "summary.json"
@@ -210,12 +210,19 @@ def read_prototypes(place: Workdir) -> Prototypes | None:
         ) from None
 
 
-def sample(run: Run, *, per_cluster: int = SAMPLES_PER_CLUSTER, seed: int = 0) -> np.ndarray:
+def sample(
+    run: Run,
+    *,
+    per_cluster: int = SAMPLES_PER_CLUSTER,
+    most: int | None = None,
+    seed: int = 0,
+) -> np.ndarray:
     """Generate examples of every cluster.
 
     Args:
         run: the trained method.
         per_cluster: examples of each cluster.
+        most: how many clusters, the first ones; None for all.
         seed: of the draw.
 
     Returns:
@@ -224,9 +231,9 @@ def sample(run: Run, *, per_cluster: int = SAMPLES_PER_CLUSTER, seed: int = 0) -
     Raises:
         InputError: the method does not generate.
     """
-    num_clusters = run.config.method.num_clusters
-    x = _draw(run, np.repeat(np.arange(num_clusters), per_cluster), seed)
-    return x.reshape(num_clusters, per_cluster, *run.spec.shape)
+    count = min(run.config.method.num_clusters, most or run.config.method.num_clusters)
+    x = _draw(run, np.repeat(np.arange(count), per_cluster), seed)
+    return x.reshape(count, per_cluster, *run.spec.shape)
 
 
 def generate(run: Run, n: int, *, cluster: int | None = None, seed: int = 0) -> np.ndarray:
@@ -241,11 +248,19 @@ def generate(run: Run, n: int, *, cluster: int | None = None, seed: int = 0) -> 
     return _draw(run, np.full(n, -1 if cluster is None else cluster), seed)
 
 
-def _draw(run: Run, component: np.ndarray, seed: int) -> np.ndarray:
-    draw = run.method.sample
-    if draw is None:
+def generator(run: Run) -> Callable[..., Array]:
+    """What generates examples of a run, as ``Method`` says.
+
+    Raises:
+        InputError: its method does not generate.
+    """
+    if run.method.sample is None:
         raise InputError(f"--mode=sample: {run.config.name} is no generative method; use another")
-    x = jax.jit(draw)(
+    return run.method.sample
+
+
+def _draw(run: Run, component: np.ndarray, seed: int) -> np.ndarray:
+    x = jax.jit(generator(run))(
         run.state.ema_params, run.state.cluster, jax.random.key(seed), jnp.asarray(component)
     )
     return (np.asarray(x) * run.scale + run.offset).astype(np.float32)
@@ -266,7 +281,8 @@ def describe(summary: Mapping[str, Any], folder: Path) -> str:
         figures = "".join(f"{scores[c]:11.3f}" for c in columns)
         lines.append(f"{name.replace('_', ' '):18s}{figures}")
     if found := summary.get("search"):
-        note = ", the first or last timestep tried: widen the search" if found["boundary"] else ""
+        beyond = found["boundary"] and found["timestep"]
+        note = ", the first or last timestep tried: widen the search" if beyond else ""
         lines.append(f"features of layer {found['layer']} at timestep {found['timestep']}{note}")
     clusters = summary["clusters"]
     how = ", chosen without labels (num_clusters.png)" if "num_clusters" in summary else ""
@@ -298,7 +314,7 @@ def _pictures(
             in_unit=lambda images: to_unit(images, run),
         )
         if run.method.sample is not None:
-            samples = to_unit(sample(run), run)
+            samples = to_unit(sample(run, most=report.MAX_ROWS), run)
             report.generated_by_cluster(folder / "generated.png", samples)
     else:
         rows = few_rows(dataset)

@@ -153,7 +153,7 @@ def fit(
     offset, scale = np.asarray(dataset.offset), np.asarray(dataset.scale)
     assignment = assign(state)
     # What follows is the work of one process, on one of its devices.
-    run = Run(config, spec, method, placement.local(state), offset, scale, step)
+    run = Run(config, spec, method, placement.local(state), offset, scale, step, dataset.columns)
     if isinstance(place, workdir.Memory):
         return Result(run, dataset, assignment, {}, place.read_metrics())
     summary: dict[str, Any] = {}
@@ -343,6 +343,7 @@ def _about(dataset: Dataset, spec: DataSpec, *, sampled: bool) -> dict[str, Any]
         "num_examples": dataset.num_examples,
         "offset": np.asarray(dataset.offset),
         "scale": np.asarray(dataset.scale),
+        "columns": dataset.columns,
         "crc32": _checksum(examples),
     }
 

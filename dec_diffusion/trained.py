@@ -7,6 +7,7 @@ it need; nothing here trains.
 import dataclasses
 import functools
 import os
+import warnings
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -25,6 +26,9 @@ from dec_diffusion.method import DataSpec, Method, Pretrained
 from dec_diffusion.networks import diffusers
 from dec_diffusion.types import AUTO, InputError
 
+_UNITS = 8.0
+"""How many times wider or narrower values must range to be in other units: a dark image is not."""
+
 
 class Run(NamedTuple):
     """A trained method, ready to predict and to sample.
@@ -37,6 +41,7 @@ class Run(NamedTuple):
         offset: of the training data; new data go through the same scaling.
         scale: likewise.
         step: gradient steps taken.
+        columns: the names of the features, where it was trained on a table that names them.
     """
 
     config: Config
@@ -46,6 +51,7 @@ class Run(NamedTuple):
     offset: np.ndarray
     scale: np.ndarray
     step: int
+    columns: tuple[str, ...] | None = None
 
 
 def build(config: Config, spec: DataSpec) -> Method:
@@ -60,11 +66,16 @@ def _built(kind: type[Any], settings: tuple[tuple[str, Any], ...], spec: DataSpe
     return kind(**dict(settings)).build(spec)
 
 
-def load(path: str | os.PathLike[str]) -> Run:
+def load(path: str | os.PathLike[str], *, clusters: bool = True) -> Run:
     """The trained method of a workdir, from its newest intact checkpoint.
 
+    Args:
+        path: the workdir.
+        clusters: whether the run must have clusters already, and a warning is due where its
+            training is not complete; without them it is of use for its denoiser alone.
+
     Raises:
-        InputError: there is no run in ``path``, or no checkpoint, or none is intact.
+        InputError: there is no run in ``path``, no checkpoint, none that is intact, or no clusters.
     """
     config = configs.from_dict(workdir.read_config(path))
     place = workdir.Workdir(workdir.locate(path))
@@ -91,9 +102,29 @@ def load(path: str | os.PathLike[str]) -> Run:
         restored = checkpoints.restore_latest(template)
     if restored is None:
         raise InputError(f"--workdir={path} has no checkpoint yet; let its run reach one first")
+    if clusters:
+        _check_complete(path, built["method"], restored.meta["phase"], restored.meta["iteration"])
     offset, scale = (np.asarray(restored.meta[name], np.float32) for name in ("offset", "scale"))
     state = jax.tree.map(jax.numpy.asarray, restored.state)
-    return Run(config, built["spec"], built["method"], state, offset, scale, restored.step)
+    columns = restored.meta.get("columns")
+    columns = None if columns is None else tuple(columns)
+    return Run(config, built["spec"], built["method"], state, offset, scale, restored.step, columns)
+
+
+def _check_complete(path: Any, method: Method, name: str, iteration: int) -> None:
+    """Refuse a checkpoint that is older than the first clusters; warn of unfinished training."""
+    phase = method.phases[name]
+    if not phase.assigns:
+        raise InputError(
+            f"--workdir={path}: its training stopped in {name}, before it had any clusters; give "
+            "the command that began it again, which goes on from there"
+        )
+    if name != list(method.phases)[-1] or iteration < phase.iterations:
+        warnings.warn(
+            f"{path}: its training stopped after iteration {iteration} of {phase.iterations} of "
+            f"{name}; the command that began it goes on from there",
+            stacklevel=3,
+        )
 
 
 def save(run: Run, path: str | os.PathLike[str]) -> workdir.Workdir:
@@ -114,6 +145,7 @@ def save(run: Run, path: str | os.PathLike[str]) -> workdir.Workdir:
         "num_examples": run.spec.num_examples,
         "offset": run.offset,
         "scale": run.scale,
+        "columns": run.columns,
         "crc32": None,
         "phase": phase,
         "iteration": last.iterations,
@@ -147,7 +179,18 @@ def assign(run: Run, dataset: Dataset) -> evaluate.Assignment:
 
 
 def rescaled(run: Run, dataset: Dataset) -> Dataset:
-    """A data set under the scaling of the training data; raises as ``assign`` does."""
+    """A data set under the scaling of the training data; raises as ``assign`` does.
+
+    Warns of images whose values seem to be in other units.
+    """
+    dataset = sources.with_columns(dataset, run.columns)
+    apart = float(np.max(dataset.scale / np.max(run.scale))) if dataset.is_image else 1.0
+    if not 1 / _UNITS <= apart <= _UNITS:
+        warnings.warn(
+            f"{dataset.name}: its values span {_span(dataset.offset, dataset.scale)}, those of the "
+            f"training data {_span(run.offset, run.scale)}; give data in the same units",
+            stacklevel=3,
+        )
     dataset = sources.with_scaling(dataset, run.offset, run.scale)
     if dataset.example_shape != run.spec.shape:
         raise InputError(
@@ -155,6 +198,10 @@ def rescaled(run: Run, dataset: Dataset) -> Dataset:
             f"run was trained on {run.spec.shape}; give data of that shape"
         )
     return dataset
+
+
+def _span(offset: Any, scale: Any) -> str:
+    return f"{np.min(offset - scale):g} to {np.max(offset + scale):g}"
 
 
 def read_pretrained(config: Config, spec: DataSpec) -> Pretrained | None:
@@ -173,7 +220,7 @@ def read_pretrained(config: Config, spec: DataSpec) -> Pretrained | None:
         except InputError as error:
             raise InputError(f"{option}: {error}") from error
         return Pretrained({"denoiser": imported.params}, imported.architecture)
-    run = load(path)
+    run = load(path, clusters=False)
     names = getattr(run.config.method, "PRETRAINED", ())
     if not names:
         raise InputError(f"{option}: {run.config.name} has no unconditional denoiser; give another")

@@ -146,7 +146,7 @@ def main(folder: pathlib.Path, name: str, iterations: int, pod: distributed.Pod)
         stop = After(iterations, lambda: len(compilations))
         with contextlib.suppress(StoppedError):
             train.fit(settings(name), folder / name, dataset=dataset, verbose=0, stop=stop)
-        run = trained.load(folder / name)
+        run = trained.load(folder / name, clusters=False)
         found = trained.assign(run, dataset)
         clusters = statistics(name, run.state)
         if jax.process_index() == 0:

@@ -5,6 +5,7 @@ Runs are real processes, on a network as small as it gets. Bad input is in test_
 
 import csv
 import dataclasses
+import errno
 import hashlib
 import json
 import os
@@ -23,8 +24,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from dec_diffusion import command, interrupt, main, options, train, trained
 from dec_diffusion import config as configs
-from dec_diffusion import main, options, train, trained
 from dec_diffusion.config import Config
 from dec_diffusion.methods.clusterddpm import ClusterDDPM
 
@@ -351,7 +352,7 @@ def test_a_loss_that_is_not_finite_stops_and_spoils_nothing(run_python, tmp_path
     failed, good = map(int, found.groups())
     assert good == failed - 1 == steps_of(workdir)[-1]
     assert "--config.method.learning_rate" in line
-    for x in jax.tree.leaves(trained.load(workdir).state):
+    for x in jax.tree.leaves(trained.load(workdir, clusters=False).state):
         assert np.isfinite(np.asarray(x)).all()
     assert not (workdir / "assignments.csv").exists()
     before = digest(workdir / "checkpoints")
@@ -409,6 +410,49 @@ def test_predict_warns_of_other_units(capsys, copy, tmp_path):
     new = ["--config.data.name=npy", f"--config.data.path={tmp_path / 'new.npy'}"]
     with pytest.warns(UserWarning, match="the training data 0 to 16; give data in the same units"):
         assert main.execute(["main", "--mode=predict", f"--workdir={copy}", *new]) == 0
+
+
+def test_a_run_stopped_before_it_has_clusters_is_refused(capsys, tmp_path):
+    class AtOnce(interrupt.Stop):
+        def asked(self):
+            return True
+
+    config = options.parse(["main", *TINY])
+    workdir = tmp_path / "run"
+    with pytest.raises(interrupt.StoppedError):
+        train.fit(command.load_config(config), workdir, verbose=0, stop=AtOnce())
+    assert trained.load(workdir, clusters=False).step == STEPS
+    for mode in ("predict", "evaluate", "sample"):
+        assert main.execute(["main", f"--mode={mode}", f"--workdir={workdir}"]) == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        assert "stopped in pretrain, before it had any clusters" in line
+        assert not (workdir / mode).exists()
+
+
+def test_unfinished_training_is_warned_of(copy):
+    newest = sorted((copy / "checkpoints").iterdir(), key=lambda p: int(p.name))[-1]
+    shutil.rmtree(newest)
+    with pytest.warns(UserWarning, match=r"stopped after iteration \d of 6 of em"):
+        trained.load(copy)
+
+
+def test_fewer_examples_than_clusters_are_scored_without_baselines(capsys, copy):
+    few = ["--config.data.name=digits", f"--config.data.limit={CLUSTERS - 1}"]
+    assert main.execute(["main", "--mode=evaluate", f"--workdir={copy}", *few]) == 0
+    summary = json.loads((copy / "evaluate" / "summary.json").read_text())
+    assert summary["baselines"] == {}
+    assert 0 <= summary["scores"]["acc"] <= 1
+    assert "this run" in capsys.readouterr().out
+
+
+def test_a_full_disk_is_one_line(capsys, copy, monkeypatch):
+    def full(*args, **kwargs):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("dec_diffusion.results.write_assignments", full)
+    assert main.execute(["main", "--mode=predict", f"--workdir={copy}"]) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: No space left on device; make room")
 
 
 @pytest.mark.parametrize("shape", [(20, 9, 8), (20, 8, 8, 3), (20, 64)])
@@ -479,7 +523,7 @@ def test_predict_remembers_which_columns_of_a_table_are_no_features(tmp_path, ca
     rng = np.random.default_rng(0)
 
     def table(name: str, columns: str, n: int) -> str:
-        of = {c: rng.normal(size=n) for c in "ab"}
+        of = {c: rng.normal(size=n) for c in ("a", "b", "other")}
         of |= {"kind": np.arange(n) % 2, "batch": np.full(n, 7), "note": np.full(n, "text")}
         file = tmp_path / f"{name}.{ending}"
         if ending == "parquet":
@@ -513,8 +557,16 @@ def test_predict_remembers_which_columns_of_a_table_are_no_features(tmp_path, ca
         # The sort of source may be said again.
         assert main.execute([*mode, f"--config.data.name={ending}", new]) == 0
     # What is asked for now goes before what was asked for then.
-    assert main.execute([*mode, table("new", "kind a b", 9), "--config.data.label=none"]) == 2
-    assert "have shape (3,)" in capsys.readouterr().err
+    assert main.execute([*mode, table("new", "kind a b", 9), "--config.data.drop=b"]) == 2
+    assert "has no column b, of which the run was trained" in capsys.readouterr().err
+    # Columns are told by their names: not by their order, and others are left out.
+    assert trained.load(tmp_path / "run").columns == ("a", "b")
+    found = []
+    for columns in ("a b", "kind b other a"):
+        rng = np.random.default_rng(1)
+        assert main.execute([*mode, table("new", columns, 9), "--config.data.label=none"]) == 0
+        found.append(rows_of(tmp_path / "run" / "predict" / "assignments.csv"))
+    assert found[0] == found[1]
 
 
 # -- help, and the way in --
