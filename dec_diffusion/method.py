@@ -183,3 +183,16 @@ def check_settings(settings: Any, rules: Iterable[Rule]) -> None:
         for name in names.split():
             if not holds(getattr(settings, name)):
                 refuse(name, remedy)
+
+
+def check_levels(attention: tuple[int, ...], multipliers: tuple[int, ...]) -> None:
+    """Check that the levels of a U-Net that attend exist.
+
+    Raises:
+        InputError: one does not.
+    """
+    if any(not 0 <= level < len(multipliers) for level in attention):
+        raise InputError(
+            f"--config.method.attention={attention}: levels are numbered from 0 to "
+            f"{len(multipliers) - 1}, one for each of --config.method.multipliers"
+        )

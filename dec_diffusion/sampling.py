@@ -28,7 +28,7 @@ import numpy as np
 from jax.typing import DTypeLike
 
 from dec_diffusion.schedule import Schedule, alpha_sigma, forward_variance, posterior, to_eps
-from dec_diffusion.types import Array, Float, InputError, PRNGKeyArray
+from dec_diffusion.types import Array, Float, InputError, PRNGKeyArray, Shaped
 
 Denoise = Callable[[Float[Array, "b ..."], Float[Array, " b"]], Float[Array, "b ..."]]
 """``(x_t, log_snr) -> x0_hat``: the estimate of clean data from noisy data."""
@@ -38,6 +38,25 @@ Variance = Literal["posterior", "forward"]
 
 _Transition = Callable[[Array, Array, Array, Array], tuple[Array, Array | None]]
 """``(x0_hat, x_t, log_snr_s, log_snr_t) -> (mean, standard deviation or None)`` of x_s."""
+
+
+_PART = 256
+"""Examples that are drawn at once: the denoiser's activations of more would fill a memory."""
+
+
+def in_parts(
+    function: Callable[[PRNGKeyArray, Array], Array], key: PRNGKeyArray, rows: Shaped[Array, "b *s"]
+) -> Array:
+    """``function(key, rows)`` [b, ...], of many rows part by part, each with a key of its own."""
+    n = rows.shape[0]
+    parts = -(-n // _PART)
+    if parts == 1:
+        return function(key, rows)
+    size = -(-n // parts)
+    filled = jnp.pad(rows, [(0, parts * size - n)] + [(0, 0)] * (rows.ndim - 1), mode="edge")
+    cut = filled.reshape(parts, size, *rows.shape[1:])
+    found = jax.lax.map(lambda part: function(*part), (jax.random.split(key, parts), cut))
+    return found.reshape(-1, *found.shape[2:])[:n]
 
 
 def subsample(schedule: Schedule, steps: int, *, first: int = 0) -> Float[Array, " steps"]:

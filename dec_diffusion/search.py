@@ -360,8 +360,9 @@ _NARROW = {"golden": golden_section, "ternary": ternary}
 
 
 def at_boundary(timesteps: Int[Array, " e"], best: Int[Array, ""]) -> Bool[Array, ""]:
-    """Whether the timestep with index ``best`` is the smallest or largest of those tried."""
-    return (timesteps[best] == timesteps.min()) | (timesteps[best] == timesteps.max())
+    """Whether the timestep with index ``best`` is the smallest or largest of several tried."""
+    low, high, chosen = timesteps.min(), timesteps.max(), timesteps[best]
+    return (low < high) & ((chosen == low) | (chosen == high))
 
 
 def _row(results: Any, i: int) -> Any:

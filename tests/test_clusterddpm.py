@@ -526,6 +526,9 @@ def test_the_first_e_steps_balance_the_components():
         ({"weight_prior": 0.5}, "weight_prior=0.5"),
         ({"sample_steps": 2000}, "sample_steps=2000"),
         ({"multipliers": ()}, "multipliers"),
+        ({"attention": (-1,)}, "attention"),
+        ({"anchors": 1}, "anchors=1"),
+        ({"scale": 1.5}, "scale=1.5"),
     ],
 )
 def test_bad_settings_are_named(settings, named):

@@ -376,6 +376,8 @@ def test_generated_examples_answer_the_clusters_asked_for():
         ({"neighbours": N}, "neighbours"),
         ({"multipliers": ()}, "multipliers"),
         ({"pool": "max"}, "pool"),
+        ({"attention": (7,)}, "attention"),
+        ({"frozen": True, "consistency": 1.0}, "consistency"),
     ],
 )
 def test_bad_settings_are_refused(changes, named):

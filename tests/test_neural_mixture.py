@@ -437,6 +437,7 @@ def examples_of(x, scaled):
         ("tau", -0.1),
         ("over_heads", -1),
         ("neighbours", -1),
+        ("neighbours", 100),
         ("neighbour_share", 1.2),
         ("anchors", 0),
         ("noise", -1.0),

@@ -310,3 +310,29 @@ def test_gradients_pass_through_the_sampler():
         )
     )(0.3)
     assert float(slope) == pytest.approx(1.0, abs=0.02)
+
+
+# ---- many at once ----
+
+
+@pytest.mark.parametrize("n", [1, 256, 257, 700])
+def test_parts_are_drawn_for_the_rows_that_are_theirs(n):
+    sizes = []
+
+    def function(key, rows):
+        sizes.append(rows.shape[0])
+        return rows[:, None] + jnp.array([0.0, 0.5]) + 0 * jax.random.normal(key)
+
+    found = sampling.in_parts(function, jax.random.key(0), jnp.arange(n))
+    np.testing.assert_array_equal(found, np.arange(n)[:, None] + [0, 0.5])
+    assert max(sizes) <= 256
+
+
+def test_parts_have_noise_of_their_own():
+    def function(key, rows):
+        return jax.random.normal(key, rows.shape)
+
+    few = sampling.in_parts(function, jax.random.key(0), jnp.zeros(9))
+    np.testing.assert_array_equal(few, function(jax.random.key(0), jnp.zeros(9)))
+    many = np.asarray(sampling.in_parts(function, jax.random.key(0), jnp.zeros(1000)))
+    assert len(np.unique(many)) == 1000

@@ -353,6 +353,19 @@ def every_peak(strategy):
     return tuple(np.asarray(leaf) for leaf in found)
 
 
+@pytest.mark.parametrize(
+    ("timesteps", "best", "boundary"),
+    [
+        ([0, 100, 200], 0, True),
+        ([0, 100, 200], 1, False),
+        ([0, 100, 200], 2, True),
+        ([200], 0, False),  # not searched
+    ],
+)
+def test_a_boundary_is_an_end_of_a_search(timesteps, best, boundary):
+    assert bool(search.at_boundary(jnp.array(timesteps), jnp.int32(best))) == boundary
+
+
 @pytest.mark.parametrize("strategy", SEARCHES)
 def test_searches_find_every_peak(strategy):
     times, evaluated, best, boundary = every_peak(strategy)

@@ -45,7 +45,15 @@ from dec_diffusion import (
     views,
 )
 from dec_diffusion.gmm import Mixture
-from dec_diffusion.method import DataSpec, EStage, Method, Phase, Rule, check_settings
+from dec_diffusion.method import (
+    DataSpec,
+    EStage,
+    Method,
+    Phase,
+    Rule,
+    check_levels,
+    check_settings,
+)
 from dec_diffusion.networks import Network, clusterddpm_networks
 from dec_diffusion.schedule import Prediction, Schedule
 from dec_diffusion.spread import Table
@@ -120,7 +128,9 @@ class ClusterDDPM:
             is clearly higher, which are then held; or the one of highest ``likelihood``, which
             suits groups of very different sizes better.
         hold: share of the EM phase in which the groups of the ``layers`` are the
-            responsibilities; the other starts hold nothing.
+            responsibilities, so that ``balance_iterations``, ``responsibilities``,
+            ``mixture_iterations`` and ``reseed_below`` matter only after it; the other starts hold
+            nothing.
         anchors: examples among which neighbours are looked for: all, or as many drawn from more.
         mixture_restarts: how many starts.
         variance_floor: lowest variance of a component, in units of the pooled variance.
@@ -558,6 +568,12 @@ def _method(
 
     def sample(params: Params, cluster: Clusters, key: PRNGKeyArray, component: Array) -> Array:
         """Equation (6): one example in network scale for each component given [b], -1 for any."""
+        draw = functools.partial(sample_part, params, cluster)
+        return sampling.in_parts(draw, key, component)
+
+    def sample_part(
+        params: Params, cluster: Clusters, key: PRNGKeyArray, component: Array
+    ) -> Array:
         c_key, z_key, x_key = jax.random.split(key, 3)
         b, mixture = component.shape[0], cluster.mixture
         drawn = jax.random.categorical(c_key, mixture.log_weights, shape=(b,))
@@ -624,7 +640,7 @@ def _levels(s: ClusterDDPM, grid: Schedule, noise: Noise) -> Float[Array, " step
 def _check(s: ClusterDDPM, spec: DataSpec) -> None:
     counts = (
         "latent width num_steps pretrain_iterations em_iterations mixture_iterations"
-        " anchors mixture_restarts sample_steps"
+        " mixture_restarts sample_steps"
     )
     sizes = (
         "encoder_blocks pretrain_kl kl_weight rotate shift scale shear noise steps"
@@ -640,15 +656,13 @@ def _check(s: ClusterDDPM, spec: DataSpec) -> None:
             "must lie between 0 and 1",
         ),
         ("weight_prior", lambda v: v >= 1, "must be at least 1"),
+        ("anchors", lambda v: v >= 2, "must be at least 2"),
+        ("scale", lambda v: v < 1, "must be below 1"),
         ("multipliers encoder_multipliers", lambda v: v and min(v) >= 1, "needs a level"),
         ("sample_steps", lambda v: v <= s.num_steps, "must not exceed num_steps"),
     ]
     check_settings(s, rules)
-    if any(not 0 <= level < len(s.multipliers) for level in s.attention):
-        raise InputError(
-            f"--config.method.attention={s.attention}: levels are numbered from 0 to "
-            f"{len(s.multipliers) - 1}, one for each of --config.method.multipliers"
-        )
+    check_levels(s.attention, s.multipliers)
     official = s.network == "official" and spec.is_image
     if s.start == "layers" and (official or not s.drop_latent):
         remedy = "network=unet" if official else "drop_latent above 0"

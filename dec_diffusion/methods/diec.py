@@ -13,10 +13,10 @@
 (5) assignment   q_ij ~ (1 + |z_i - mu_j|^2 / alpha)^(-(alpha + 1) / 2), and at intervals, over the
                  whole data set, the target p_ij ~ q_ij^2 / sum_i q_ij; see ``targets``. At first
                  the groups of the graph are the target, until the map has learnt them.
-(6) clustering   minimises  KL(p | q) + structure * sum_j s_ij |z_i - z_j|^2 + balance *
-                 [log K - H(mean q)] + denoise * (1), with s the adaptive neighbour graph of z,
-                 and e of one fresh antithetic pair (or of two, and then + consistency * KL
-                 between their q).
+(6) clustering   minimises  KL(p | q) + structure * r + balance * [log K - H(mean q)] + denoise *
+                 (1), where r is the mean of sum_j s_ij |z_i - z_j|^2 / 2 in units of twice the
+                 variance of z over the batch, with s the adaptive neighbour graph of z, and e of
+                 one fresh antithetic pair (or of two, and then + consistency * KL between their q).
 
 Sources: the abstracts of versions 1 to 4 and Figure 1 of version 1 for the parts (layer and
 timestep search, residual map, KL objective, adaptive graph and entropy, denoising at random
@@ -54,6 +54,7 @@ from dec_diffusion.method import (
     Method,
     Phase,
     Rule,
+    check_levels,
     check_settings,
 )
 from dec_diffusion.networks import denoiser_network, residual_map
@@ -578,13 +579,16 @@ def _method(s: DiEC, denoiser: Denoiser, spec: DataSpec) -> Method:
     # -- generation --
 
     def draw(params: Params, key: PRNGKeyArray, count: int) -> Array:
+        def part(key: PRNGKeyArray, rows: Array) -> Array:
+            return sampling.ddim(denoise, levels, key, (rows.shape[0], *spec.shape), clip=clip)
+
         def denoise(x_t: Array, log_snr: Array) -> Array:
             out = network.apply(params["denoiser"], x_t, log_snr)
             return schedule.to_x0(out, x_t, log_snr, prediction=denoiser.prediction)
 
         levels = sampling.subsample(grid, min(s.sample_steps, grid.log_snr.shape[0]))
         clip = 1.0 if spec.is_image else None
-        return sampling.ddim(denoise, levels, key, (count, *spec.shape), clip=clip)
+        return sampling.in_parts(part, key, jnp.arange(count))
 
     def sample(params: Params, cluster: Clusters, key: PRNGKeyArray, component: Array) -> Array:
         """Twice as many examples as asked for are drawn, all without a condition.
@@ -713,6 +717,12 @@ def _check(s: DiEC) -> None:
         ("sample_steps", lambda v: v <= s.num_steps, "must not exceed num_steps"),
     ]
     check_settings(s, rules)
+    check_levels(s.attention, s.multipliers)
+    if s.frozen and s.consistency:
+        raise InputError(
+            f"--config.method.consistency={s.consistency}: compares draws of noise, of which a "
+            "frozen denoiser sees none; set it to 0, or --config.method.frozen=false"
+        )
     if s.strategy != "grid" and (not s.layer or s.score in ("rank", "consensus")):
         raise InputError(
             f"--config.method.strategy={s.strategy}: narrows one layer down by one score; set "

@@ -15,7 +15,8 @@ training over the batch, for prediction over the whole data set):
              = <H(g(u)) + KL(g(u) | g_1(v)) - log sum_k pi_k p_k(v)>, symmetrised, g_1 at tau = 1
 (7) prior    pi <- (1 - r) pi + r <g>, with a floor; or uniform
 (8) bound    <sum_k g_k(u) log p_k(v)> <= I(cluster of u; v) for P and X: what a head of the network
-             knows of one view from the other, in nats; heads are compared by it, without labels
+             knows of one view from the other, in nats; heads are compared by it, without labels,
+             with g one-hot and of p_k alone
 (9) sure     p(k | x_i) ~ (pi_k p_ik)^(1/T), with T such that the mean of the largest equals the
              share of examples that keep their cluster in another view: (1) and (2) rank examples
              by certainty, but at T = 1 their posterior stays near 1/K however clear the groups are
@@ -50,6 +51,7 @@ from dec_diffusion.types import (
     Batch,
     Count,
     Float,
+    InputError,
     Int,
     Metrics,
     Params,
@@ -149,7 +151,7 @@ class NeuralMixture:
         Raises:
             InputError: a setting is out of range; names it and the remedy.
         """
-        _check(self)
+        _check(self, spec)
         network = classifier_network(
             self.network,
             spec.shape,
@@ -456,7 +458,7 @@ def _method(s: NeuralMixture, network: Network, spec: DataSpec) -> Method:
     steps, total = s.steps or spec.steps_per_epoch, s.networks * s.heads
     n = spec.num_examples
     anchors = communities.some(n, s.anchors)
-    near = min(s.neighbours, len(anchors) - 1)
+    near = s.neighbours
 
     def init(key: PRNGKeyArray, batch: Batch) -> tuple[Params, Heads]:
         zeros = jnp.zeros((total, s.num_clusters))
@@ -639,7 +641,7 @@ def _optimiser(s: NeuralMixture, steps: int) -> optax.GradientTransformation:
     )
 
 
-def _check(s: NeuralMixture) -> None:
+def _check(s: NeuralMixture, spec: DataSpec) -> None:
     sizes = (
         "tau tau_start over_heads neighbours rotate shift scale shear jitter noise steps"
         " weight_decay"
@@ -661,3 +663,8 @@ def _check(s: NeuralMixture) -> None:
         ("scale crop", lambda v: v < 1, "must be below 1"),
     ]
     check_settings(s, rules)
+    if s.neighbours >= min(s.anchors, spec.num_examples):
+        raise InputError(
+            f"--config.method.neighbours={s.neighbours}: there are {spec.num_examples} examples "
+            f"and {s.anchors} anchors; ask for fewer neighbours"
+        )

@@ -46,7 +46,8 @@ def notices(summary: Mapping[str, Any], assignment: Assignment) -> list[Notice]:
         remedy = "trust only rows of assignments.csv with a high probability; try other numbers "
         remedy += "of clusters, or train longer."
         found.append(Notice(what, remedy))
-    if summary.get("search", {}).get("boundary"):
+    # Beyond timestep 0, without any noise, there is nothing to try.
+    if summary.get("search", {}).get("boundary") and summary["search"]["timestep"]:
         what = f"The search chose timestep {summary['search']['timestep']}, the first or last that "
         what += "it tried: the best one may lie outside."
         remedy = "look at the heat-map below; widen the search with "
