@@ -13,8 +13,8 @@
 | vectors   | any .npy or .npz of vectors           | --config.data.path=FILE                |
 | paper     | MNIST, as the authors' code trains it | --config.data.path=DIR, an accelerator |
 
-`images` has the network and the 2,000 steps of `mnist_cpu`, however few or many images there are; on
-an accelerator give it more: --config.method.width=32 --config.method.encoder_blocks=1
+`images` has the network and the 2,000 steps of `mnist_cpu`, however few or many images there are;
+on an accelerator give it more: --config.method.width=32 --config.method.encoder_blocks=1
 --config.method.steps=0 (a pass over the data) --config.method.em_iterations=60. Its views may be
 mirrored, which is wrong for writing: --config.method.flip=false.
 
