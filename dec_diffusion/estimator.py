@@ -70,6 +70,7 @@ class _Estimator(ClassNamePrefixFeaturesOutMixin, TransformerMixin, ClusterMixin
     cluster_centers_: np.ndarray
     n_clusters_: int
     n_features_in_: int
+    feature_names_in_: np.ndarray  # of a data frame, or a table
     n_iter_: int
     converged_: bool
     history_: list[dict[str, Any]]
@@ -109,7 +110,10 @@ class _Estimator(ClassNamePrefixFeaturesOutMixin, TransformerMixin, ClusterMixin
         """
         examples = self._validated(X, reset=True)
         with _in_terms_of_parameters():
-            dataset = data.from_arrays(examples, source="X", name="X")
+            names = getattr(self, "feature_names_in_", None)
+            dataset = data.from_arrays(
+                examples, source="X", name="X", columns=None if names is None else list(names)
+            )
             config = self._config(dataset)
             if self.verbose > 1:
                 print(", ".join(f"{k}={v}" for k, v in configs.flatten(config.method).items()))
@@ -301,6 +305,8 @@ class _Estimator(ClassNamePrefixFeaturesOutMixin, TransformerMixin, ClusterMixin
         own = cls(run.config.method.num_clusters)
         own.settings = cls._differing(run) or None
         own.batch_size, own.random_state = run.config.train.batch_size, run.config.seed
+        if run.columns is not None:
+            own.feature_names_in_ = np.array(run.columns, dtype=object)
         place = Workdir(workdir.locate(path))
         own._adopt(run, place.read_metrics())
         own._prototypes = results.read_prototypes(place)

@@ -26,6 +26,8 @@ from dec_diffusion import (
     main,
     options,
     parallel,
+    train,
+    trained,
 )
 from dec_diffusion.estimator import _Estimator
 from dec_diffusion.types import InputError
@@ -330,6 +332,30 @@ def test_saved_is_loaded(kind, tmp_path):
     other = next(k for k in ALL if k is not kind)
     with pytest.raises(InputError, match=f"is a run of {kind.__name__}"):
         other.load(tmp_path / "model")
+
+
+def test_columns_keep_their_names(tmp_path):
+    pa = pytest.importorskip("pyarrow")
+    names = ("a", "b", "c")
+    lines = [",".join(names), *(",".join(map(str, row)) for row in POINTS[:, :3])]
+    (tmp_path / "table.csv").write_text("\n".join(lines) + "\n")
+    config = tiny(NeuralMixture)._config(data.from_arrays(POINTS[:, :3]))
+    config.data.path = str(tmp_path / "table.csv")
+    train.fit(config, tmp_path / "run", verbose=0)
+    model = dec_diffusion.load(tmp_path / "run")
+    assert tuple(model.feature_names_in_) == names
+    model.save(tmp_path / "saved")
+    assert tuple(dec_diffusion.load(tmp_path / "saved").feature_names_in_) == names
+
+    def frame(names):
+        return pa.table({name: POINTS[:, "abc".index(name)] for name in names})
+
+    wanted = trained.assign(model._run, data.from_arrays(POINTS[:, :3])).labels
+    np.testing.assert_array_equal(model.predict(frame(names)), wanted)
+    with pytest.raises(ValueError, match="feature names should match"):
+        model.predict(frame("bac"))
+    framed = tiny(NeuralMixture).fit(frame("ca"))
+    assert framed._run.columns == ("c", "a")
 
 
 def test_a_batch_may_exceed_the_data_and_be_numpys(tmp_path):
