@@ -33,8 +33,8 @@ the others  not measured: no accelerator was at hand
 from dec_diffusion.config import Config, Variants, of_variant
 from dec_diffusion.methods.clusterddpm import ClusterDDPM
 
-# The layers of the denoiser, or thumbnails, tell groups apart that its latents do not. Balancing
-# would undo groups of unequal size.
+# The layers of the denoiser, or thumbnails, tell groups apart that its latents do not. While their
+# groups are held there is nothing to balance.
 _LAYERS = {"start": "layers", "balance_iterations": 0, "em_iterations": 24}
 
 # Three resolutions of a 28x28 image; an iteration is one pass over the data.

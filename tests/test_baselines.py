@@ -9,7 +9,9 @@ from sklearn.datasets import load_digits, make_blobs
 from sklearn.metrics import adjusted_rand_score
 
 from dec_diffusion import baselines as module
+from dec_diffusion import evaluate
 from dec_diffusion.baselines import LARGE, baselines, gmm_on, graph_on, kmeans_on
+from dec_diffusion.data import from_arrays
 from dec_diffusion.metrics import external_scores, internal_scores
 from dec_diffusion.types import InputError
 
@@ -89,6 +91,17 @@ def test_the_graph_compares_what_its_view_shows() -> None:
     seen = baselines(both, 4, labels, seed=0, view=lambda rows: rows[:, 5:])
     assert seen["graph_pixels"]["scores"]["acc"] == 1.0
     assert seen["kmeans_pixels"]["scores"]["acc"] < 0.6
+
+
+def test_thumbnails_are_those_of_the_scaled_images() -> None:
+    images = np.random.default_rng(0).normal(size=(5, 9, 9, 1)).astype(np.float32)
+    seen = []
+    for units in (1.0, 1e-4):
+        dataset = from_arrays(units * images)
+        rows = np.asarray(dataset.examples).reshape(5, -1)
+        seen.append(evaluate._thumbnails(dataset, rows))
+    np.testing.assert_allclose(np.square(seen[0]).sum(1), 1, atol=1e-4)
+    np.testing.assert_allclose(*seen, atol=1e-5)
 
 
 def test_umap_is_a_baseline_where_it_is_installed() -> None:

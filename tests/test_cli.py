@@ -24,7 +24,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dec_diffusion import command, interrupt, main, options, train, trained
+from dec_diffusion import command, interrupt, main, options, results, train, trained
 from dec_diffusion import config as configs
 from dec_diffusion.config import Config
 from dec_diffusion.methods.clusterddpm import ClusterDDPM
@@ -495,6 +495,8 @@ def test_sample_draws_from_every_cluster_again_and_again_the_same(capsys, copy):
     assert drawn[0].shape[0] == CLUSTERS
     assert drawn[0].shape[2:] == (8, 8, 1)
     assert drawn[0].dtype == np.float32
+    few = results.sample(trained.load(copy), most=2)
+    assert few.shape == (2, *drawn[0].shape[1:])
     # In the units of the data.
     assert 0 <= drawn[0].min() < drawn[0].max() <= 16
     assert (drawn[0] == drawn[1]).all()
