@@ -79,7 +79,7 @@ VARIANTS: Variants = {
     "mnist": (_LARGE, {"name": "mnist"}, {"batch_size": 256}),
     "fashion": (_LARGE, {"name": "fashion-mnist"}, {"batch_size": 256}),
     "cifar10": (_PHOTOS, {"name": "cifar10"}, {"batch_size": 256}),
-    "images": ({"width": 32}, {"name": "array"}, {}),
+    "images": ({"width": 8}, {"name": "array"}, {}),
     "vectors": (
         {"width": 256, "pretrain_rate": 1e-3, "start": "kmeans"},
         {"name": "array"},

@@ -552,7 +552,7 @@ class DiEC(_Estimator):
     _settings_class = diec.DiEC
     _kinds: ClassVar[Mapping[str, Kind]] = {
         "small": Kind({}, 128),
-        "images": Kind({"width": 32}, 128),
+        "images": Kind({"width": 8}, 128),
         "vectors": Kind({"width": 256, "pretrain_rate": 1e-3, "start": "kmeans"}, 128),
     }
 
