@@ -1,6 +1,6 @@
 """Shallow baselines on the same data, so that a deep result is never shown alone.
 
-Each baseline is scikit-learn at settings fixed here; the fits never see labels:
+The settings are fixed here; all but the graph are scikit-learn or UMAP. Fits never see labels:
 
 * k-means, k-means++ starts, Lloyd to convergence (at most 300 iterations). The best of 10 starts
   by inertia; of 3 when more than ``LARGE`` rows are fitted, which is recorded.
