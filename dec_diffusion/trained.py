@@ -26,8 +26,8 @@ from dec_diffusion.method import DataSpec, Method, Pretrained
 from dec_diffusion.networks import diffusers
 from dec_diffusion.types import AUTO, InputError
 
-_UNITS = 8.0
-"""How many times wider or narrower values must range to be in other units: a dark image is not."""
+_UNITS = 2.0
+"""How many times wider or narrower values must range to be taken for other units."""
 
 
 class Run(NamedTuple):

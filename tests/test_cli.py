@@ -209,7 +209,12 @@ def test_the_summary_scores_the_run_and_its_baselines(finished):
     clusters = np.array([int(r["cluster"]) for r in rows_of(finished.workdir / "assignments.csv")])
     assert summary["clusters"]["asked"] == CLUSTERS
     assert summary["clusters"]["found"] == len(np.unique(clusters))
-    assert set(summary["baselines"]) >= {"kmeans_pixels", "graph_pixels", "kmeans_latents"}
+    assert set(summary["baselines"]) >= {
+        "kmeans_pixels",
+        "gmm_pixels",
+        "graph_pixels",
+        "kmeans_latents",
+    }
     for scores in [summary["scores"], *(b["scores"] for b in summary["baselines"].values())]:
         assert all(0 <= scores[name] <= 1 for name in ("acc", "nmi"))
     assert summary["baselines"]["kmeans_pixels"]["scores"]["acc"] > 0.3
