@@ -1,9 +1,13 @@
 """What the command line does in each mode."""
 
+import contextlib
 import dataclasses
 import difflib
+import errno
+import hashlib
 import importlib.util
 import os
+import platform
 import time
 import traceback
 import warnings
@@ -53,7 +57,7 @@ def run(options: "Options") -> None:
         if options.mode == "train":
             _train(options, config, path, verbose)
         else:
-            with distributed.together("results"):
+            with distributed.wait_for_results():
                 _use(options.mode, config, path, started, verbose)
 
 
@@ -113,12 +117,22 @@ def _keep_compiled_programs() -> None:
     """
     if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
         cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-        jax.config.update("jax_compilation_cache_dir", str(cache / "dec_diffusion" / "jax"))
+        folder = cache / "dec_diffusion" / "jax" / _cpu()
+        jax.config.update("jax_compilation_cache_dir", str(folder))
         # All of them: dozens of small ones add up to a second of every start.
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     # An entry that a kill cut short is compiled again, and a folder that cannot be written only
     # costs time: neither is anything a person must know at every start.
     warnings.filterwarnings("ignore", message="Error (reading|writing) persistent compilation")
+
+
+def _cpu() -> str:
+    """A name for this kind of CPU: programs of another, in a home that many share, may not run."""
+    about = platform.machine()
+    with contextlib.suppress(OSError, StopIteration):
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        about += next(line for line in lines if line.startswith(("flags", "Features")))
+    return hashlib.sha256(about.encode()).hexdigest()[:8]
 
 
 def load_config(options: "Options") -> Config:
@@ -238,6 +252,7 @@ def _with_settings(trained: Run, config: Config, path: str) -> Run:
 def _dataset(trained: Run, verbose: int) -> Dataset:
     """The data of the config, under the scaling of the training data."""
     dataset = reading.read(trained.config.data, shape=trained.spec.shape, verbose=verbose)
+    reading.check_same(dataset)
     return rescaled(trained, dataset)
 
 
@@ -282,6 +297,8 @@ def _sample(trained: Run, place: Workdir) -> str:
 def _make(folder: Path) -> None:
     try:
         folder.mkdir(exist_ok=True)
+        if not os.access(folder, os.W_OK | os.X_OK):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
     except OSError as error:
         raise InputError(
             f"{folder}: cannot be written ({error.strerror}); make room for a folder there"

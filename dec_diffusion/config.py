@@ -285,7 +285,8 @@ def _from_text(text: str, hint: Any) -> Any:
     if inner := _optional(hint):
         return None if text.lower() == "none" else _from_text(text, inner)
     if get_origin(hint) is tuple:
-        items = text.strip("()[]").split(",")
+        inside = text[1:-1] if text[:1] + text[-1:] in ("()", "[]") else text
+        items = inside.split(",")
         return tuple(_from_text(i.strip(), get_args(hint)[0]) for i in items if i.strip())
     if hint is bool:
         words = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}

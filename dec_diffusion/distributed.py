@@ -128,16 +128,35 @@ def together(topic: str, *, timeout: float | None = None) -> Iterator[None]:
 
     Raises:
         InputError: in every process, what one of them raised in the block.
+        StoppedError: one of them was asked to stop.
     """
     try:
         yield
     except Exception as error:
-        with contextlib.suppress(InputError):
-            exchange(topic, f"{type(error).__name__}: {error}", timeout=0.01)
+        tell(topic, failure(error))
         raise
-    for number, failure in enumerate(exchange(topic, "", timeout=timeout)):
-        if failure:
-            raise InputError(f"process {number} stopped: {failure.removeprefix('InputError: ')}")
+    for number, text in enumerate(exchange(topic, "", timeout=timeout)):
+        if text:
+            raise failed(number, text)
+
+
+def tell(topic: str, text: str) -> None:
+    """Give a text without waiting for those of the others."""
+    with contextlib.suppress(InputError):
+        exchange(topic, text, timeout=0.01)
+
+
+def failure(error: Exception) -> str:
+    """An error in words for other processes."""
+    return f"{type(error).__name__}: {error}"
+
+
+def failed(number: int, text: str) -> Exception:
+    """What to raise here for a ``failure`` of another process, by its number."""
+    kind, _, words = text.partition(": ")
+    if kind == StoppedError.__name__:
+        return StoppedError(words)
+    return InputError(f"process {number} stopped: {text.removeprefix('InputError: ')}")
 
 
 def wait_for_results() -> contextlib.AbstractContextManager[None]:
@@ -280,4 +299,6 @@ def _leave() -> None:
     """
     with contextlib.suppress(InputError, RuntimeError, ValueError):
         exchange("end", "", timeout=_MAX_SHUTDOWN)
+        # A process that gave up waiting has left its word there all the same, but none here.
+        exchange("left", "", timeout=_MAX_SHUTDOWN)
         jax.distributed.shutdown()

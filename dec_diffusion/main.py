@@ -15,6 +15,7 @@ from dec_diffusion import options
 # Nothing here imports JAX, so that help and bad options are answered at once.
 
 STOPPED = 75  # EX_TEMPFAIL of sysexits.h: not done, try again
+LOST = 76  # EX_PROTOCOL: another process of the run is gone
 _UNWRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM)
 
 
@@ -40,8 +41,10 @@ def execute(argv: list[str]) -> int:
         print(command.describe(given)) if given.help else command.run(given)
     except InputError as error:
         return _failed(error, 2)
-    except (FloatingPointError, LostProcessError) as error:
+    except FloatingPointError as error:
         return _failed(error, 1)
+    except LostProcessError as error:
+        return _failed(error, LOST)
     except OSError as error:
         if error.errno not in _UNWRITABLE:
             raise

@@ -304,6 +304,8 @@ def _pictures(
     folder, num_clusters, samples = place.path, run.config.method.num_clusters, None
     if jax.process_index() != 0:
         return None, None
+    for name in ("generated.png", "confusion.png"):  # perhaps of other data, evaluated before
+        (folder / name).unlink(missing_ok=True)
     if dataset.is_image:
         report.images_by_cluster(
             folder / "clusters.png",

@@ -4,11 +4,11 @@
 is ``engine.em_iteration``, and what is done with a run afterwards is ``trained``.
 """
 
+import contextlib
 import dataclasses
 import os
 import time
 import warnings
-import zlib
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -33,15 +33,12 @@ from dec_diffusion import (
 from dec_diffusion.checkpoints import Checkpoints, NoCheckpoints
 from dec_diffusion.config import Config
 from dec_diffusion.data import Dataset
-from dec_diffusion.data.shards import bounded, chunks
 from dec_diffusion.engine import TrainState
 from dec_diffusion.interrupt import Stop, StoppedError
 from dec_diffusion.method import DataSpec, Method, Phase, Pretrained
 from dec_diffusion.progress import Progress
 from dec_diffusion.trained import Run, build, kept_number, prepare, read_pretrained
-from dec_diffusion.types import AUTO, InputError, PRNGKeyArray, Rows
-
-_CHECKED_ROWS = 4096
+from dec_diffusion.types import AUTO, InputError, PRNGKeyArray
 
 
 class NonFiniteLossError(FloatingPointError):
@@ -118,12 +115,35 @@ def fit(
         spec = DataSpec(dataset.example_shape, n, config.train.batch(n))
         spec = spec._replace(pretrained=read_pretrained(config, spec))
         method = build(config, spec)
+    reading.check_same(dataset)
+    with distributed.together("workdir"):
         place = workdir.Memory()
         if path is not None:
             place = workdir.open_workdir(path, configs.to_dict(asked), ignore=configs.RESUMABLE)
-    with distributed.together("workdir"):
-        if isinstance(place, workdir.Workdir):
-            workdir.check_shared(place)
+    with contextlib.ExitStack() as held:
+        with distributed.together("shared"):
+            if isinstance(place, workdir.Workdir):
+                workdir.check_shared(place)
+            held.enter_context(place.locked())
+        return _fit(
+            asked, spec, method, dataset, place, started, logger=logger, verbose=verbose, stop=stop
+        )
+
+
+def _fit(
+    asked: Config,
+    spec: DataSpec,
+    method: Method,
+    dataset: Dataset,
+    place: workdir.Workdir | workdir.Memory,
+    started: float,
+    *,
+    logger: str,
+    verbose: int,
+    stop: Stop | None,
+) -> Result:
+    """``fit``, once everything that can be checked is, in a workdir that no other process uses."""
+    config = asked
     if asked.method.num_clusters == AUTO:
         own = _choose(dataset, asked.seed, place, verbose=verbose) if distributed.is_first() else 0
         chosen = int(distributed.exchange("number of clusters", str(own))[0])
@@ -332,11 +352,6 @@ def _about(dataset: Dataset, spec: DataSpec, *, sampled: bool) -> dict[str, Any]
 
     The checksum is of all examples, or of some where there are too many to read at every start.
     """
-    examples = dataset.examples
-    if sampled:
-        examples = bounded(examples)[
-            np.linspace(0, len(examples) - 1, _CHECKED_ROWS).astype(np.int64)
-        ]
     return {
         "architecture": spec.pretrained and spec.pretrained.architecture,
         "shape": dataset.example_shape,
@@ -344,16 +359,8 @@ def _about(dataset: Dataset, spec: DataSpec, *, sampled: bool) -> dict[str, Any]
         "offset": np.asarray(dataset.offset),
         "scale": np.asarray(dataset.scale),
         "columns": dataset.columns,
-        "crc32": _checksum(examples),
+        "crc32": reading.checksum(dataset.examples, sampled=sampled),
     }
-
-
-def _checksum(examples: Rows) -> int:
-    """CRC-32 of all values, a part at a time, as they may be mapped from a file."""
-    checksum = 0
-    for _, part in chunks(examples):
-        checksum = zlib.crc32(np.ascontiguousarray(part).data, checksum)
-    return checksum
 
 
 def _check_finite(

@@ -22,6 +22,7 @@ Start ``jax.distributed`` (where it is used) before calling anything here: telli
 apart starts the JAX backend.
 """
 
+import contextlib
 import csv
 import io
 import json
@@ -38,11 +39,17 @@ from dec_diffusion.checkpoints import Checkpoints, NoCheckpoints
 from dec_diffusion.plain import plain
 from dec_diffusion.types import InputError
 
+try:
+    import fcntl
+except ImportError:  # on Windows
+    fcntl = None
+
 CONFIG = "config.json"
 METRICS = "metrics.jsonl"
 ASSIGNMENTS = "assignments.csv"
 CHECKPOINTS = "checkpoints"
 SEEDS = "seeds.json"
+LOCK = ".lock"
 
 _MISSING = object()
 
@@ -111,6 +118,28 @@ class Workdir(NamedTuple):
     def checkpoints(self, *, keep: int = 3) -> Checkpoints:
         """The run's checkpoints, for saving: close them, or use them in a ``with`` block."""
         return Checkpoints(self.path / CHECKPOINTS, keep=keep)
+
+    @contextlib.contextmanager
+    def locked(self) -> Iterator[None]:
+        """Inside the block no other command trains here; a kill gives the workdir free, too.
+
+        Raises:
+            InputError: Another command does.
+        """
+        if fcntl is None or not _is_writer():
+            yield
+            return
+        with open(self.path / LOCK, "wb") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise InputError(
+                    f"--workdir={self.path}: another command is training there; let it end, stop "
+                    "it, or give another --workdir"
+                ) from None
+            except OSError:  # a file system without locks
+                pass
+            yield
 
     def write_text(self, name: str, text: str) -> None:
         """Writes ``text`` to the file ``name``."""
@@ -238,6 +267,9 @@ class Memory:
 
     def checkpoints(self, *, keep: int = 3) -> NoCheckpoints:
         return NoCheckpoints()
+
+    def locked(self) -> contextlib.AbstractContextManager[None]:
+        return contextlib.nullcontext()
 
     def write_json(self, name: str, obj: Any) -> None:
         pass

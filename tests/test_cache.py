@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dec_diffusion import data, train
+from dec_diffusion import data, reading
 from dec_diffusion.baselines import kmeans_on
 from dec_diffusion.data import cache, config
 from dec_diffusion.types import InputError
@@ -227,14 +227,14 @@ def test_a_file_larger_than_memory_is_loaded(tmp_path, run_python):
     images.flush()
     code = """
 import resource, sys
-from dec_diffusion import data, train
+from dec_diffusion import data, reading
 import numpy as np
 used = next(int(l.split()[1]) for l in open("/proc/self/status") if l.startswith("VmData")) * 1024
 limit = used + 100 * 2**20  # the file has three times as many bytes
 resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
 d = data.load(data.DataConfig(name="array", path=sys.argv[1]))
 data.check_clusters(d, 10)
-print(d.num_examples, float(d.scale), train._checksum(d.examples))
+print(d.num_examples, float(d.scale), reading.checksum(d.examples, sampled=False))
 try:
     np.zeros(200 * 2**20, np.uint8)
 except MemoryError:
@@ -246,8 +246,8 @@ except MemoryError:
 
 def test_the_checksum_of_parts_is_that_of_the_whole():
     examples = RNG.integers(0, 256, (9001, 2, 3, 1), dtype=np.uint8)
-    assert train._checksum(examples) == zlib.crc32(examples.tobytes())
-    assert train._checksum(examples[::2]) == zlib.crc32(examples[::2].tobytes())
+    assert reading.checksum(examples, sampled=False) == zlib.crc32(examples.tobytes())
+    assert reading.checksum(examples[::2], sampled=False) == zlib.crc32(examples[::2].tobytes())
 
 
 def test_baselines_of_part_of_the_rows_label_all():

@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 import dec_diffusion as dd
-from dec_diffusion import data, evaluate, num_clusters, train
+from dec_diffusion import data, evaluate, num_clusters, reading
 from dec_diffusion.data.shards import Shards
 from dec_diffusion.types import InputError
 
@@ -106,7 +106,9 @@ def test_a_folder_of_arrays_is_the_data_set_of_the_joined_file(tmp_path, kind):
     few, some = (load(tmp_path / name, limit=7) for name in ("whole.npy", "parts"))
     np.testing.assert_array_equal(few.examples, some.examples)
     np.testing.assert_array_equal(few.rows, some.rows)
-    assert train._checksum(found.examples) == train._checksum(np.asarray(whole.examples))
+    assert reading.checksum(found.examples, sampled=False) == reading.checksum(
+        np.asarray(whole.examples), sampled=False
+    )
 
 
 def test_baselines_and_the_number_of_clusters_are_those_of_the_joined_file(tmp_path):

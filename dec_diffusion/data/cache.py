@@ -18,6 +18,7 @@ import json
 import os
 import re
 import shutil
+import stat
 import struct
 import tempfile
 import time
@@ -125,7 +126,7 @@ def find(cache: Cache) -> Entry | None:
         rows = _joined(folder, "rows", count)
         labels = _joined(folder, "labels", count) if info.get("labels") else None
         broken = [(str(name), str(reason)) for name, reason in info["broken"]]
-    except (OSError, ValueError, KeyError, TypeError):
+    except Exception:  # whatever damaged files make their readers raise
         return None
     if len({(part.dtype, part.shape[1:]) for part in parts}) > 1 or not len(rows):
         return None
@@ -173,6 +174,8 @@ def complete(
     with failing(folder):
         text = json.dumps({"version": _VERSION, **about}) + "\n"
         (folder / "info.json").write_text(text, encoding="utf-8")
+        # Whoever may use the folder of the cache may use the entry; only its owner could so far.
+        folder.chmod(stat.S_IMODE(folder.parent.stat().st_mode))
         try:
             folder.rename(cache.folder)
         except OSError:  # another process was first, or what is there is not whole

@@ -232,7 +232,7 @@ def find_files(folder: Path) -> list[str]:
         raise InputError(f"--config.data.path={folder}: {what}; folder reads a folder of images")
     files: list[str] = []
     seen: set[str] = set()  # folders, as links may lead back to one
-    for place, names, here in os.walk(folder, followlinks=True):
+    for place, names, here in os.walk(folder, followlinks=True, onerror=_unreadable):
         real = os.path.realpath(place)
         names[:] = [] if real in seen else [name for name in names if not _is_ignored(name)]
         if real not in seen:
@@ -243,6 +243,13 @@ def find_files(folder: Path) -> list[str]:
     # Strings, as making and comparing paths takes longer than reading headers.
     start = len(os.path.join(folder, ""))
     return sorted(files, key=lambda file: file[start:].split(os.sep))
+
+
+def _unreadable(error: OSError) -> None:
+    raise InputError(
+        f"{error.filename}: cannot be read ({error.strerror}); permit reading it, or give a folder "
+        "without it"
+    ) from error
 
 
 def _is_ignored(name: str) -> bool:

@@ -287,6 +287,10 @@ def _features(
         row = 0
         with reading(path, _REMEDY):
             for batch in file.iter_batches(batch_size=_ROWS, columns=chosen):
+                for name in chosen:  # a missing one among truth values is no number at all
+                    if batch.column(name).null_count:
+                        missing = row + batch.column(name).is_null().index(True).as_py() + 1
+                        refuse_value(path, f"row {missing}", name, "", "remove the row")
                 with np.errstate(over="ignore"):  # an overflow becomes inf and is reported below
                     values = [
                         np.asarray(batch.column(name).to_numpy(zero_copy_only=False), np.float64)

@@ -1,5 +1,7 @@
 """Examples in several arrays, most often mapped files, that are read as if they were one."""
 
+import contextlib
+import errno
 import itertools
 import mmap
 import re
@@ -13,6 +15,7 @@ from dec_diffusion.types import InputError, Rows
 
 _CHUNK_BYTES = 2**22
 _TAKEN_BYTES = 2**24
+_OTHER_FILES = 512  # that a process may have open beside its data
 _AROUND = 2**20  # bytes that may be mapped with every byte that is read
 _NUMBERED = re.compile(r"(.*)-(\d+)-of-(\d+)\.npy")
 
@@ -169,16 +172,17 @@ def open_shards(folder: Path) -> tuple[Shards, np.ndarray | None]:
 
 def _mapped(files: Sequence[Path]) -> list[np.ndarray]:
     _check_numbers(files)
+    _permit_open(len(files))
     parts: list[np.ndarray] = []
     for file in files:
         try:
             # Never unpickle: a pickle in a data file can run any code.
             part = np.load(file, mmap_mode="r", allow_pickle=False)
-        except (OSError, ValueError, EOFError) as error:
+        except Exception as error:  # whatever a file that is something else makes NumPy raise
+            many = isinstance(error, OSError) and error.errno == errno.EMFILE
+            remedy = "permit more with 'ulimit -n'" if many else "write plain arrays with np.save"
             reason = " ".join(str(error).split())[:160] or type(error).__name__
-            raise InputError(
-                f"{file}: cannot be read ({reason}); write plain arrays with np.save"
-            ) from error
+            raise InputError(f"{file}: cannot be read ({reason}); {remedy}") from error
         if not isinstance(part, np.ndarray) or part.ndim == 0:
             raise InputError(f"{file}: is not an array of examples; write it with np.save")
         first = parts[0] if parts else part
@@ -189,6 +193,18 @@ def _mapped(files: Sequence[Path]) -> list[np.ndarray]:
             )
         parts.append(part)
     return parts
+
+
+def _permit_open(count: int) -> None:
+    """Let this process hold so many files more than usual, as far as the system allows it."""
+    with contextlib.suppress(ImportError, OSError, ValueError):
+        import resource
+
+        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        wanted = count + _OTHER_FILES
+        if resource.RLIM_INFINITY != soft < wanted:
+            most = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
+            resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, most), hard))
 
 
 def _check_numbers(files: Sequence[Path]) -> None:
