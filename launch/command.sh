@@ -5,6 +5,9 @@
 # Exit status of a program that was pre-empted and has saved: the same command resumes.
 # shellcheck disable=SC2034 # for the launchers
 PREEMPTED=75
+# Of one whose run lost another of its processes: with all of them the same command resumes.
+# shellcheck disable=SC2034
+LOST=76
 dry_run=no
 command=()
 

@@ -24,8 +24,8 @@
 #   --dry-run        print the commands instead of running them
 #   --help           print this
 #
-# Status 75 says that the run was pre-empted and has saved: the same command resumes. Other failures
-# of the program end the workload. Bad arguments: status 2.
+# Status 75 says that the run was pre-empted and has saved, 76 that another host was lost: the same
+# command resumes. Other failures of the program end the workload. Bad arguments: status 2.
 
 set -euo pipefail
 # shellcheck source=launch/command.sh
@@ -58,5 +58,5 @@ mounted=()
 for one in ${storage//,/ }; do mounted+=("--storage=$one"); done
 run xpk workload create "--cluster=$cluster" "--zone=$zone" ${project:+"--project=$project"} \
   "--workload=$name" "--tpu-type=$type" "--num-slices=$slices" "--docker-image=$image" \
-  ${mounted[@]+"${mounted[@]}"} "--max-restarts=$restarts" "--restart-on-exit-codes=$PREEMPTED" \
+  ${mounted[@]+"${mounted[@]}"} "--max-restarts=$restarts" "--restart-on-exit-codes=$PREEMPTED,$LOST" \
   --termination-grace-period-seconds=120 "--command=$line"

@@ -106,26 +106,48 @@ def test_files_left_out_are_named_again(tmp_path, folder):
         np.testing.assert_array_equal(found.examples[:5, :, :, 0], GREY[:5])
 
 
-@pytest.mark.parametrize("harm", ["no info", "no images", "cut", "rubbish", "other shape"])
+HARMS = {
+    "images.npy": {
+        "cut": lambda content: content[:-1],
+        "rubbish": lambda content: b"\x80\x04cos\nsystem\n",
+        "a zip file": lambda content: b"PK\x03\x04" + content,
+    },
+    "rows.npy": {"empty": lambda content: b""},
+    "info.json": {"a list": lambda content: b"[]"},
+}
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # NumPy's
+@pytest.mark.parametrize(
+    "harm",
+    ["no info", "no images", "other shape", *[(f, how) for f in HARMS for how in HARMS[f]]],
+)
 def test_an_entry_that_is_not_whole_is_made_anew(tmp_path, folder, harm):
     kept = tmp_path / "kept"
     plain = load(folder, kept).examples.copy()
     (entry,) = entries(kept)
     images = entry / "images.npy"
-    content = images.read_bytes()
     if harm == "no info":
         (entry / "info.json").unlink()
     elif harm == "no images":
         images.unlink()
-    elif harm == "cut":
-        images.write_bytes(content[:-1])
-    elif harm == "rubbish":
-        images.write_bytes(b"\x80\x04cos\nsystem\n")
-    else:
+    elif harm == "other shape":
         np.save(images, np.zeros((3, 2, 2, 1), np.uint8))
+    else:
+        name, how = harm
+        (entry / name).write_bytes(HARMS[name][how]((entry / name).read_bytes()))
     np.testing.assert_array_equal(load(folder, kept).examples, plain)
     (entry,) = entries(kept)
     np.testing.assert_array_equal(np.load(entry / "images.npy"), plain)
+
+
+def test_an_entry_is_for_all_who_may_use_the_cache(tmp_path, folder):
+    kept = tmp_path / "kept"
+    kept.mkdir()
+    kept.chmod(0o755)
+    load(folder, kept)
+    (entry,) = entries(kept)
+    assert entry.stat().st_mode & 0o777 == 0o755
 
 
 def test_what_a_kill_leaves_is_never_used_and_cleared_away_in_time(tmp_path, folder):

@@ -62,6 +62,8 @@ def shipped_variants() -> list[tuple[pathlib.Path, str | None]]:
         ("method.multipliers", "(1, 2)", (1, 2)),
         ("method.attention", "", ()),
         ("method.network", "official", "official"),
+        ("data.drop", "a (kg),b [m]", ("a (kg)", "b [m]")),
+        ("data.drop", "(a,b (x))", ("a", "b (x)")),
         ("data.limit", "20", 20),
         ("data.limit", "none", None),
         ("data.path", "a=b,c", "a=b,c"),

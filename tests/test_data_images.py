@@ -2,6 +2,7 @@
 
 import csv
 import io
+import os
 import pickle
 import tarfile
 import warnings
@@ -437,6 +438,19 @@ def broken_folder(folder: Path) -> Path:
     put(folder / "002.png", cut[: len(cut) // 2])
     put(folder / "notes.txt", b"taken in spring")
     return folder
+
+
+def test_a_folder_that_cannot_be_read_is_named(tmp_path, monkeypatch):
+    (tmp_path / "a").mkdir()
+    scan = os.scandir
+
+    def denied(place):
+        if Path(place).name == "a":  # whoever runs this may read everything
+            raise PermissionError(13, "Permission denied", place)
+        return scan(place)
+
+    monkeypatch.setattr(os, "scandir", denied)
+    assert "a: cannot be read (Permission denied); permit" in refused("folder", tmp_path)
 
 
 def test_broken_files_are_refused_by_name(tmp_path):

@@ -360,7 +360,10 @@ BAD = {
     "infinite": (csv("a,b\n1,2\n-inf,4\n"), {}, ["line 3, column a", "infinite", "remove"]),
     "beyond float32": (csv("a,b\n1,2\n1e300,4\n"), {}, ["line 3, column a", "float32"]),
     "text later": (csv("a,b\n1,2\n3,red\n"), {}, ["line 3, column b", "'red', not a number"]),
-    "decimal comma": (csv("a;b\n1,5;2,5\n"), {}, ["column b holds '2,5'", "decimal points"]),
+    "decimal comma": (csv("a;b\n1,5;2,5\n"), {}, ["column a holds '1,5'", "decimal points"]),
+    "decimal comma in front": (csv("a;b\n1,70;30\n1,82;41\n"), {}, ["column a holds '1,70'"]),
+    "thousands": (csv('a;b\n"1,200.5";30\n'), {}, ["column a holds '1,200.5'", "no commas"]),
+    "underscore later": (csv("a,b\n1,2\n3,4_5\n"), {}, ["line 3, column b", "'4_5', not a number"]),
     "short line": (csv("a,b\n1,2\n3\n"), {}, ["line 3 has 1 fields", "has 2", "repair"]),
     "long line": (csv("1,2\n1,2\n3,4,5\n"), {}, ["line 3 has 3 fields"]),
     "names or not": (csv("1.5,x\n2.5,y\n"), {"label": "2"}, ["line 1", "a line of names"]),
@@ -423,6 +426,9 @@ BAD = {
     "parquet: broken image": (
         images([_PNG, _PNG[:70]]), {}, ["a.parquet, row 2: cannot be read", "broken=skip"],
     ),
+    "parquet: missing truth value": (
+        table({"a": [True, None, False], "b": [1.0, 2.0, 3.0]}), {}, ["row 2, column a", "missing"],
+    ),
     "parquet: only paths": (images([_PNG, None]), {}, ["row 2", "only a path is stored"]),
     "parquet: all broken": (
         images([b"x", b"y"]), {"broken": "skip"}, ["none of its 2", "check the path"],
@@ -431,6 +437,11 @@ BAD = {
         images([_PNG]), {"label": "kind"}, ["--config.data.label=kind: no such column"],
     ),
 }  # fmt: skip
+
+
+def test_numbers_with_an_underscore_are_names(tmp_path):
+    found = load(csv("id,a,b\n1_0,1,2\n1_1,3,4\n1_2,5,7\n")(tmp_path))
+    np.testing.assert_array_equal(found.examples, [[1, 2], [3, 4], [5, 7]])
 
 
 @pytest.mark.parametrize(("make", "options", "expected"), BAD.values(), ids=BAD.keys())

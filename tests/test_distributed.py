@@ -204,7 +204,7 @@ def test_processes_stop_together_and_the_same_commands_go_on(pod, tmp_path):
     output = finish(processes)[0]
     assert time.monotonic() - before < START
     assert f"resuming at step {stopped}" in output
-    assert processes[0].returncode == 1, output
+    assert processes[0].returncode == main.LOST, output
     assert output.count("error: ") == 1 and "another process" in output.splitlines()[-1]
     # And again, from the last checkpoint.
     kept = checkpoints(workdir)[-1]
@@ -217,6 +217,52 @@ def test_processes_stop_together_and_the_same_commands_go_on(pod, tmp_path):
     outputs = finish(processes)
     assert f"resuming at step {kept}" in outputs[0]
     assert [p.returncode for p in processes] == [main.STOPPED] * 2, outputs
+
+
+APART = """
+import sys, time
+from dec_diffusion import distributed
+from dec_diffusion.interrupt import StoppedError
+
+number, port, case = int(sys.argv[1]), sys.argv[2], sys.argv[3]
+distributed._MAX_SHUTDOWN = 2
+with distributed.joined(distributed.Pod("on", f"localhost:{port}", 2, number), verbose=False):
+    if case == "stop":
+        try:
+            with distributed.together("work"):
+                if number == 1:
+                    raise StoppedError("stopped, as asked")
+                time.sleep(5)  # longer than the other waits for this one to end
+        except StoppedError as error:
+            print(error)
+    elif number == 1:  # gives up, and is gone before the other is done
+        try:
+            with distributed.together("work", timeout=0.5):
+                pass
+        except Exception as error:
+            print(error)
+            raise
+    else:
+        time.sleep(5)
+        print("done")
+"""
+
+
+@pytest.mark.parametrize(
+    ("case", "said"),
+    [
+        ("stop", ["stopped, as asked", "stopped, as asked"]),
+        ("give up", ["done", "process 0 of 2 did not come as far as 'work' within 0 s"]),
+    ],
+)
+def test_what_one_process_does_is_no_crash_of_the_other(case, said):
+    """Neither where one is asked to stop, nor where one has given up waiting and is gone."""
+    port = str(free_port())
+    processes = [start(["-c", APART, str(i), port, case], 1) for i in range(2)]
+    outputs = finish(processes)
+    assert said[0] in outputs[0] and said[1] in outputs[1], outputs
+    assert processes[0].returncode == 0, outputs[0]
+    assert "Check failure" not in outputs[0]
 
 
 # -- pods that cannot form --

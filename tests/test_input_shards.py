@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 import dec_diffusion as dd
-from dec_diffusion import data, evaluate, num_clusters, reading
+from dec_diffusion import data, distributed, evaluate, num_clusters, reading
 from dec_diffusion.data.shards import Shards
 from dec_diffusion.types import InputError
 
@@ -52,6 +52,47 @@ def test_an_index_takes_what_it_takes_from_the_joined_array(index):
     found = shards[index]
     np.testing.assert_array_equal(found, IMAGES[index])
     assert isinstance(found, np.ndarray) and found.dtype == np.uint8
+
+
+def test_more_files_than_a_process_may_open_at_first(tmp_path):
+    resource = pytest.importorskip("resource")
+    for i in range(700):
+        np.save(tmp_path / f"{i:03d}.npy", np.full((2, 3), i, np.float32))
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (600, limits[1]))
+    try:
+        examples = np.asarray(load(tmp_path).examples)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+    np.testing.assert_array_equal(examples[:, 0], np.repeat(np.arange(700), 2))
+
+
+def test_a_file_that_only_looks_like_an_archive_is_named(tmp_path):
+    (tmp_path / "a.npy").write_bytes(b"PK\x03\x04 and no more")
+    with pytest.raises(InputError, match=r"a\.npy: cannot be read .*np\.save"):
+        load(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("other", "words"),
+    [(IMAGES, ""), (IMAGES[::-1], "or other values"), (IMAGES[:20], r"20 examples .* 0 23 of")],
+)
+def test_processes_that_read_other_data_are_refused(monkeypatch, other, words):
+    mine, theirs = (data.from_arrays(x, None, name="x", source="x") for x in (IMAGES, other))
+    texts: list[str] = []
+
+    def exchange(topic: str, text: str) -> list[str]:
+        texts.append(text)
+        return texts
+
+    monkeypatch.setattr(reading.jax, "process_count", lambda: 2)
+    monkeypatch.setattr(distributed, "exchange", exchange)
+    reading.check_same(mine)
+    if not words:
+        reading.check_same(theirs)
+        return
+    with pytest.raises(InputError, match=rf"^--config.data: process 1 read .*{words}"):
+        reading.check_same(theirs)
 
 
 def test_shards_tell_of_themselves_what_the_joined_array_tells():

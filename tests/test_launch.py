@@ -401,7 +401,7 @@ def test_gke_commands():
     assert {
         "--cluster=c", "--zone=us-west4-a", "--workload=job", "--tpu-type=v5litepod-16",
         "--num-slices=1", "--docker-image=reg/i:1", "--storage=bucket", "--storage=scratch",
-        "--max-restarts=7", "--restart-on-exit-codes=75",
+        "--max-restarts=7", "--restart-on-exit-codes=75,76",
     } <= set(create)  # fmt: skip
     assert not any(word.startswith("--project") for word in create)
     remote = create[-1].removeprefix("--command=exec ")

@@ -88,6 +88,19 @@ def test_a_folder_that_cannot_be_made_is_refused():
         open_workdir("/proc/run", CONFIG)
 
 
+def test_one_command_at_a_time_trains_in_a_workdir(tmp_path):
+    place = open_workdir(tmp_path / "run", {"k": 3})
+    other = open_workdir(tmp_path / "run", {"k": 3})
+    with (
+        place.locked(),
+        pytest.raises(InputError, match=r"^--workdir=.*run: another command is training there; "),
+        other.locked(),
+    ):
+        pytest.fail("both train")
+    with other.locked():
+        assert (tmp_path / "run" / "config.json").exists()
+
+
 def test_a_remote_path_is_refused():
     with pytest.raises(InputError, match="only local folders"):
         open_workdir("gs://bucket/run", CONFIG)

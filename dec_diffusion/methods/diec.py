@@ -27,6 +27,7 @@ Maaten 2009, "Learning a parametric embedding by preserving local structure". Se
 
 import dataclasses
 import functools
+import math
 from typing import Any, ClassVar, Literal
 
 import jax
@@ -538,12 +539,12 @@ def _method(s: DiEC, denoiser: Denoiser, spec: DataSpec) -> Method:
         ((z, log_q), errors), weight = spread.trimmed((collected, weight), n)
         make = {"student": targets.target_distribution, "sinkhorn": targets.sinkhorn_target}
         target, labels = make[s.target](log_q, weight), log_q.argmax(-1).astype(jnp.int32)
-        learnt = progress > 0
+        iteration, learnt = jnp.round(progress * s.iterations), 0
         if s.start == "graph":
             # Nearest centres are not the groups of the graph: the map learns these first.
-            learnt = progress >= _LEARN_START
+            learnt = math.ceil(_LEARN_START * s.iterations)
             given = jax.nn.one_hot(cluster.start.values, k)
-            target = jnp.where(learnt, target, given)
+            target = jnp.where(iteration >= learnt, target, given)
         change = targets.label_change(labels, cluster.labels.values, weight)
         # Padded here and not by the program, which would move rows between devices for it.
         tested = np.pad(held_out if held_out.any() else ~held_out, (0, len(weight) - n))
@@ -566,7 +567,8 @@ def _method(s: DiEC, denoiser: Denoiser, spec: DataSpec) -> Method:
             "label_change": change,
             "held_out_denoising": now,
             "confidence": targets.mean(jnp.exp(log_q.max(-1)), weight),
-            "converged": learnt & (change < s.tolerance),
+            # Labels may settle while the groups are learnt: only then the target is theirs.
+            "converged": (iteration > learnt) & (change < s.tolerance),
         }
         return params, cluster, info
 
