@@ -99,10 +99,10 @@ VARIANTS: Variants = {
         {"batch_size": 256},
     ),
     "usps": ({"multipliers": (1, 2, 2), "rotate": 8.0} | _LAYERS, {"name": "usps"}, {}),
-    "images": (_SMALL | _LAYERS | {"flip": True}, {"name": "array"}, {}),
+    "images": (_SMALL | _LAYERS | {"flip": True}, {"name": "array", "kind": "images"}, {}),
     "vectors": (
         {"width": 256, "noise": 0.2, "balance_iterations": 0, "start": "likelihood"},
-        {"name": "array"},
+        {"name": "array", "kind": "vectors"},
         {},
     ),
     "paper": (_PAPER, {"name": "mnist"}, {"batch_size": 128}),

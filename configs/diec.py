@@ -82,10 +82,10 @@ VARIANTS: Variants = {
     "mnist": (_LARGE, {"name": "mnist"}, {"batch_size": 256}),
     "fashion": (_LARGE, {"name": "fashion-mnist"}, {"batch_size": 256}),
     "cifar10": (_PHOTOS, {"name": "cifar10"}, {"batch_size": 256}),
-    "images": ({"width": 8}, {"name": "array"}, {}),
+    "images": ({"width": 8}, {"name": "array", "kind": "images"}, {}),
     "vectors": (
         {"width": 256, "pretrain_rate": 1e-3, "start": "kmeans"},
-        {"name": "array"},
+        {"name": "array", "kind": "vectors"},
         {},
     ),
     "paper": (_PAPER, {"name": "mnist"}, {"batch_size": 256}),

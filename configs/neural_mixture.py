@@ -133,10 +133,14 @@ VARIANTS: Variants = {
     ),
     "cifar10": (_PHOTOS, {"name": "cifar10"}, {"batch_size": 512}),
     "stl10": (_PHOTOS | {"iterations": 500}, {"name": "stl10"}, {"batch_size": 512}),
-    "images": (_MNIST | {"flip": True, "steps": 100}, {"name": "array"}, {"batch_size": 256}),
+    "images": (
+        _MNIST | {"flip": True, "steps": 100},
+        {"name": "array", "kind": "images"},
+        {"batch_size": 256},
+    ),
     "vectors": (
         _POINTS | {"num_clusters": 10, "width": 256, "hidden": 128, "iterations": 20},
-        {"name": "array"},
+        {"name": "array", "kind": "vectors"},
         {"batch_size": 256},
     ),
     "paper": (_PAPER, {"name": "mnist"}, {"batch_size": 256}),

@@ -8,6 +8,7 @@ import hashlib
 import importlib.util
 import os
 import platform
+import textwrap
 import time
 import traceback
 import warnings
@@ -174,15 +175,17 @@ def _other_data(own: DataConfig, overrides: list[tuple[str, str | None]]) -> Dat
 
 
 def describe(options: "Options") -> str:
-    """The fields of a config and their values, as options of the command line."""
+    """The fields of a config with their values and meanings, as options of the command line."""
     file = options.config
     assert file is not None
     config = load_config(options)
     variants = _variants(_module(file))
     lines = [f"{file}, variants: {', '.join(variants)}"] if variants else [str(file)]
+    about = configs.explain(config)
     for name, value in configs.flatten(config).items():
         shown = ",".join(map(str, value)) if isinstance(value, tuple) else value
         lines.append(f"  --config.{name}={shown}")
+        lines += textwrap.wrap(about[name], 100, initial_indent=" " * 8, subsequent_indent=" " * 8)
     return "\n".join(lines)
 
 

@@ -3,8 +3,10 @@
 import dataclasses
 import difflib
 import importlib
+import inspect
 import math
 import numbers
+import re
 import types
 from collections.abc import Callable
 from typing import Annotated, Any, Literal, Protocol, Union, get_args, get_origin, get_type_hints
@@ -107,6 +109,7 @@ def of_variant(name: str, method: Callable[..., Any], variants: Variants, varian
 
 RESUMABLE = (
     "data.cache",
+    "data.kind",
     "train.evaluate_every",
     "train.checkpoint_every",
     "train.keep_checkpoints",
@@ -150,6 +153,33 @@ def flatten(config: Any, prefix: str = "") -> dict[str, Any]:
         else:
             flat[name] = value
     return flat
+
+
+def explain(config: Any, prefix: str = "") -> dict[str, str]:
+    """What each field is for, by dotted name: what its docstring says, and what it may be."""
+    said, hints = _attributes(type(config)), get_type_hints(type(config), include_extras=True)
+    found: dict[str, str] = {}
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        if dataclasses.is_dataclass(value):
+            found |= explain(value, f"{prefix}{field.name}.")
+        else:
+            about = said.get(field.name, "").rstrip(".")
+            found[prefix + field.name] = f"{about} ({_expected(hints[field.name])})".strip()
+    return found
+
+
+def _attributes(kind: type) -> dict[str, str]:
+    """The section "Attributes" of a docstring, a text for each name."""
+    found: dict[str, str] = {}
+    names, section = [], (inspect.getdoc(kind) or "").partition("Attributes:\n")[2]
+    indent = len(section) - len(section.lstrip())
+    for line in section.splitlines():
+        start = re.match(rf" {{{indent}}}(\w[\w, ]*): (.*)", line)
+        names = start[1].split(", ") if start else names
+        for name in names:
+            found[name] = f"{found.get(name, '')} {start[2] if start else line.strip()}".strip()
+    return found
 
 
 def override(config: Config, name: str, text: str | None) -> Config:

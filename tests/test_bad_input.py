@@ -158,6 +158,22 @@ BAD = {
         ["clusterddpm.py:mnits", "did you mean mnist"],
     ),
     "unknown option": (lambda t: [*TINY, "--wrokdir=x"], ["--wrokdir", "did you mean --workdir?"]),
+    "images for vectors": (
+        lambda t: [
+            "--config=neural_mixture:vectors",
+            "--config.data.name=digits",
+            f"--workdir={t / 'run'}",
+        ],
+        ["--config.data.name=digits: holds images (8x8x1)", "variant images"],
+    ),
+    "vectors for images": (
+        lambda t: [
+            "--config=clusterddpm:images",
+            "--config.data.name=blobs",
+            f"--workdir={t / 'run'}",
+        ],
+        ["--config.data.name=blobs: holds vectors (2)", "variant vectors", "data.kind=any"],
+    ),
     "unknown option 2": (lambda t: [*TINY, "--xyz=x"], ["--xyz", "--help"]),
     "abbreviated option": (lambda t: [*TINY, "--work=x"], ["--work"]),
     "unknown mode": (lambda t: [*TINY, "--mode=fit"], ["--mode=fit", "train|evaluate|predict"]),

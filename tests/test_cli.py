@@ -592,8 +592,16 @@ def test_help_needs_no_jax(run_python):
 
 def test_help_with_a_config_lists_its_fields_as_options(capsys):
     assert main.execute(["main", *TINY, "--help"]) == 0
-    listed = [line.strip() for line in capsys.readouterr().out.splitlines()[1:]]
+    lines = [line.strip() for line in capsys.readouterr().out.splitlines()[1:]]
+    assert all(len(line) <= 100 for line in lines)
+    listed = [line for line in lines if line.startswith("--config.")]
     assert "--config.method.multipliers=1" in listed
+    # Each with what it means, in words of its own, and the words that it takes.
+    after = {line: lines[i + 1] for i, line in enumerate(lines[:-1]) if line in listed}
+    assert len(after) == len(listed) and not set(after.values()) & set(listed)
+    assert after["--config.method.latent=4"].startswith("dimensions of z (")
+    assert after["--config.data.kind=any"].startswith("``images`` or ``vectors`` refuses")
+    assert "one of auto, grey, rgb" in " ".join(lines)
     assert f"--config.data.limit={EXAMPLES}" in listed
     # What it lists, the command line reads back.
     config = configs.override(Config("x", ClusterDDPM()), "name", "y")

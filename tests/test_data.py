@@ -13,6 +13,7 @@ import struct
 import subprocess
 import sys
 import threading
+import warnings
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -435,6 +436,19 @@ def test_vectors_are_standardised_as_by_scikit_learn(vectors):
     np.testing.assert_allclose(dataset.offset, expected.mean_, rtol=1e-6, atol=1e-7)
     np.testing.assert_allclose(dataset.scale, expected.scale_, rtol=1e-6)
     assert dataset.offset.dtype == dataset.scale.dtype == np.float32
+
+
+def test_features_that_float32_blurs_are_warned_of():
+    rng = np.random.default_rng(0)
+    x = np.column_stack([rng.normal(size=50), 1.7e9 + 40 * rng.normal(size=50)])
+    with pytest.warns(
+        UserWarning, match=r"column when has values around 1.7e\+09 in steps of 1.3e"
+    ):
+        data.from_arrays(x, columns=["a", "when"])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        data.from_arrays(x - x.min(0))
+        data.from_arrays(np.column_stack([x[:, 0], np.full(50, 3.0), 1e5 + x[:, 0]]))
 
 
 def test_constant_feature_keeps_scale_one():

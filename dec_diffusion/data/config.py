@@ -59,6 +59,8 @@ class DataConfig:
       path: The file or folder, ``~`` allowed. For ``tfds`` either the folder that holds
         ``dataset_info.json``, or the data directory above it (unset: ``$TFDS_DATA_DIR``, else
         ``~/tensorflow_datasets``).
+      kind: ``images`` or ``vectors`` refuses data of the other kind, as the variants of these names
+        do, whose other settings would not suit them. ``any`` takes both.
       split: ``train``, ``test`` or ``all`` (every split, one after the other, train first).
         For ``digits`` train is the first 80% (1,437) and test the rest. A NumPy file has a split
         only if its keys say so, as ``x_train`` or ``train_images`` do. ``folder`` and
@@ -101,6 +103,7 @@ class DataConfig:
 
     name: str = "digits"
     path: str | None = None
+    kind: Literal["any", "images", "vectors"] = "any"
     split: str = "all"
     limit: int | None = None
     blobs: str | None = None

@@ -8,12 +8,15 @@ uint8 in memory. Images map their nominal range [low, high] to [-1, 1]:
 
 import dataclasses
 import math
+import warnings
 from collections.abc import Sequence
 
 import numpy as np
 
 from dec_diffusion.data.shards import Shards, chunks, each
 from dec_diffusion.types import InputError, Rows
+
+_ROUNDED = 0.01  # steps of float32, in deviations of a feature, from which on too little is left
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -108,6 +111,8 @@ def from_arrays(
             )
     _check_values(examples, rows, source)
     offset, scale = _image_scaling(examples, nominal) if examples.ndim == 4 else _moments(examples)
+    if examples.ndim == 2:
+        _warn_of_rounding(offset, scale, columns, source)
     return Dataset(
         name=name,
         examples=examples,
@@ -288,6 +293,24 @@ def _image_scaling(
         low, high = nominal
     # A single flat image has no range, and may still be assigned under another scaling.
     return np.float32((high + low) / 2), np.float32((high - low) / 2 or 1.0)
+
+
+def _warn_of_rounding(
+    mean: np.ndarray, deviation: np.ndarray, columns: Sequence[str] | None, source: str
+) -> None:
+    """Warn of a feature so far from zero, as times in seconds are, that float32 blurs it."""
+    step = np.spacing(np.abs(np.asarray(mean, np.float32)))
+    lost = np.flatnonzero(step > _ROUNDED * deviation)
+    if lost.size:
+        first = int(lost[0])
+        name = columns[first] if columns else first + 1
+        more = f" (and {lost.size - 1} more like it)" if lost.size > 1 else ""
+        warnings.warn(
+            f"{source}: column {name} has values around {mean[first]:.4g} in steps of"
+            f" {step[first]:.2g}, as float32 rounds them{more}; subtract its smallest value first,"
+            " or leave it out",
+            stacklevel=3,
+        )
 
 
 def _moments(vectors: Rows) -> tuple[np.ndarray, np.ndarray]:

@@ -30,7 +30,21 @@ def load(
       InputError: options that do not fit together, or files that are missing, broken or hold
         something that cannot be clustered. One line, naming the option or file and the remedy.
     """
-    name = check_config(config)
+    dataset = _read(check_config(config), config, shape, team, verbose)
+    kind, other = ("images", "vectors") if dataset.is_image else ("vectors", "images")
+    if config.kind == other:
+        size = "x".join(map(str, dataset.example_shape))
+        given = f"path={config.path}" if config.path else f"name={config.name}"
+        raise InputError(
+            f"--config.data.{given}: holds {kind} ({size}), and these settings are for"
+            f" {other}; choose the variant {kind}, or --config.data.kind=any"
+        )
+    return dataset
+
+
+def _read(
+    name: str, config: DataConfig, shape: tuple[int, ...] | None, team: Team, verbose: int
+) -> Dataset:
     if name == "digits":
         return files.read_digits(config)
     if name == "blobs":

@@ -576,7 +576,9 @@ def _method(s: NeuralMixture, network: Network, spec: DataSpec) -> Method:
         best = score.argmax().astype(jnp.int32)
         plain = clean[1] + cluster.log_prior
         same = agreement(plain, seen[1] + cluster.log_prior, weight)
-        sure = temperature(plain, same, weight)
+        # Where all agree the largest would be 1 for everybody, and say nothing of who is surer.
+        most = 1.0 - 0.5 / jnp.maximum(weight.sum(), 1.0)
+        sure = temperature(plain, jnp.minimum(same, most), weight)
         gamma = responsibilities(plain, 0.0)
         info = {
             "information": score[best],
