@@ -321,7 +321,13 @@ def _pictures(
     else:
         rows = few_rows(dataset)
         flat, labels = (dataset.examples[rows] - run.offset) / run.scale, assignment.labels[rows]
-        report.centres(folder / "clusters.png", flat, labels, num_clusters=num_clusters)
+        report.centres(
+            folder / "clusters.png",
+            flat,
+            labels,
+            num_clusters=num_clusters,
+            feature_names=dataset.columns,
+        )
     layout = report.latent_map(
         folder / "latents.png",
         assignment.embedding,

@@ -24,7 +24,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dec_diffusion import command, interrupt, main, options, results, train, trained
+from dec_diffusion import command, interrupt, main, options, report, results, train, trained
 from dec_diffusion import config as configs
 from dec_diffusion.config import Config
 from dec_diffusion.methods.clusterddpm import ClusterDDPM
@@ -523,7 +523,9 @@ def test_other_settings_of_the_method_are_refused_with_a_trained_run(capsys, cop
 
 
 @pytest.mark.parametrize("ending", ["csv", "parquet"])
-def test_predict_remembers_which_columns_of_a_table_are_no_features(tmp_path, capsys, ending):
+def test_predict_remembers_which_columns_of_a_table_are_no_features(
+    tmp_path, capsys, monkeypatch, ending
+):
     pyarrow = pytest.importorskip("pyarrow")
     import pyarrow.parquet as pq
 
@@ -551,10 +553,20 @@ def test_predict_remembers_which_columns_of_a_table_are_no_features(tmp_path, ca
         "--config.data.drop=batch,note",
         f"--workdir={tmp_path / 'run'}",
     ]
+    names, centres = [], report.centres
+
+    def draw(*args, feature_names, **options):
+        names.append(feature_names)
+        centres(*args, feature_names=feature_names, **options)
+
+    monkeypatch.setattr(report, "centres", draw)
     all_columns = table("old", "a note b kind batch", 40)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", train.EmptyClusterWarning)
         assert main.execute(["main", *train_on, all_columns]) == 0
+    # Pictures and the page call them by their names.
+    assert names == [("a", "b")]
+    assert '<th scope="row">a</th>' in (tmp_path / "run" / "report.html").read_text()
     mode = ["main", "--mode=predict", f"--workdir={tmp_path / 'run'}"]
     # With all of the columns, with some, and with none but the features.
     for columns in ("kind a b note batch", "a batch b", "a b"):

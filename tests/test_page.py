@@ -229,6 +229,8 @@ def test_distinctive_features_are_those_that_were_moved():
     assert features[1].difference < 0
     assert len(page.distinctive(x, labels, 2, most=99)) == 29, "a constant tells nothing"
     assert page.distinctive(x, np.zeros(400, int), 0) == page.distinctive(x, labels, 5) == []
+    named = page.distinctive(x, labels, 2, most=2, names=[f"gene {j}" for j in range(30)])
+    assert [f.name for f in named] == ["gene 7", "gene 3"]
 
 
 # What is done to a clustering of 100 examples into 4: labels, probability, and words of warning.
@@ -354,6 +356,9 @@ def test_vectors_show_features_and_no_pictures(labelled):
     assert not [tag for tag, _ in reader.elements if tag == "img"]
     card = reader.all("article")[1]
     assert "differs most in" in card and "column 5" in card
+    dataset = dataclasses.replace(dataset, columns=tuple(f"<gene {j}>" for j in range(12)))
+    card = read(make(dataset, found, 3)[0]).all("article")[1]
+    assert "<gene 5>" in card and "column" not in card.replace("of the column", "")
     assert "k-means on the inputs" in " ".join(reader.all("th"))
 
 
