@@ -534,6 +534,7 @@ def test_predict_remembers_which_columns_of_a_table_are_no_features(
     def table(name: str, columns: str, n: int) -> str:
         of = {c: rng.normal(size=n) for c in ("a", "b", "other")}
         of |= {"kind": np.arange(n) % 2, "batch": np.full(n, 7), "note": np.full(n, "text")}
+        of["id"] = [f"{name}-{i}" for i in range(n)]
         file = tmp_path / f"{name}.{ending}"
         if ending == "parquet":
             pq.write_table(pyarrow.table({c: of[c] for c in columns.split()}), file)
@@ -560,7 +561,7 @@ def test_predict_remembers_which_columns_of_a_table_are_no_features(
         centres(*args, feature_names=feature_names, **options)
 
     monkeypatch.setattr(report, "centres", draw)
-    all_columns = table("old", "a note b kind batch", 40)
+    all_columns = table("old", "id a note b kind batch", 40)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", train.EmptyClusterWarning)
         assert main.execute(["main", *train_on, all_columns]) == 0
@@ -568,11 +569,21 @@ def test_predict_remembers_which_columns_of_a_table_are_no_features(
     assert names == [("a", "b")]
     assert '<th scope="row">a</th>' in (tmp_path / "run" / "report.html").read_text()
     mode = ["main", "--mode=predict", f"--workdir={tmp_path / 'run'}"]
+    # Rows go by the name in the first column, those trained on and new ones.
+    trained_on = rows_of(tmp_path / "run" / "assignments.csv")
+    assert [row["path"] for row in trained_on] == [f"old-{i}" for i in range(40)]
+    cluster = {row["path"]: row["cluster"] for row in trained_on}
+    assert main.execute([*mode, table("new", "id kind a b", 9)]) == 0
+    new_rows = rows_of(tmp_path / "run" / "predict" / "assignments.csv")
+    assert [row["path"] for row in new_rows] == [f"new-{i}" for i in range(9)]
+    known = [row for row in trained_on + new_rows if row["prototype"]]
+    assert known and all(cluster[row["prototype"]] == row["cluster"] for row in known)
     # With all of the columns, with some, and with none but the features.
     for columns in ("kind a b note batch", "a batch b", "a b"):
         new = table("new", columns, 9)
         assert main.execute([*mode, new]) == 0, columns
-        assert len(rows_of(tmp_path / "run" / "predict" / "assignments.csv")) == 9
+        rows = rows_of(tmp_path / "run" / "predict" / "assignments.csv")
+        assert [(row["index"], row["path"]) for row in rows] == [(str(i), "") for i in range(9)]
         # The sort of source may be said again.
         assert main.execute([*mode, f"--config.data.name={ending}", new]) == 0
     # What is asked for now goes before what was asked for then.

@@ -107,10 +107,15 @@ def write(path: Path, columns) -> Path:
 def test_columns_left_out(tmp_path, kind):
     ids = [f"row {i}" for i in range(30)]
     path = write(tmp_path / f"a.{kind}", {"id": ids, "label": KINDS} | FEATURES | {"note": KINDS})
-    np.testing.assert_array_equal(load(path, drop=("note",)).examples, X)
-    dataset = load(path, drop=("note", "label", "mass"))
+    dataset = load(path, drop=("note",))
+    np.testing.assert_array_equal(dataset.examples, X)
+    # The first is no feature, but what the examples are called.
+    assert dataset.paths == ids
+    part = load(path, drop=("note",), limit=7)
+    assert part.paths == [ids[i] for i in part.rows]
+    dataset = load(path, drop=("note", "label", "mass", "id"))
     np.testing.assert_array_equal(dataset.examples, X[:, [0, 1, 3]])
-    assert dataset.labels is None
+    assert dataset.labels is None and dataset.paths is None
 
 
 @pytest.mark.parametrize("kind", ["csv", "parquet"])

@@ -362,6 +362,16 @@ def test_vectors_show_features_and_no_pictures(labelled):
     assert "k-means on the inputs" in " ".join(reader.all("th"))
 
 
+def test_rows_of_a_table_go_by_their_names_which_may_be_whole_texts():
+    x = np.random.default_rng(0).normal(size=(60, 12)).astype(np.float32)
+    names = [f"<cell {i}>" for i in range(59)] + ["begins " + "x" * 10_000 + " ends"]
+    html, _ = make(data.from_arrays(x, paths=names), np.arange(60) % 3, 3)
+    card = read(html).all("article")[1]
+    assert "Prototypes: <cell " in card and "row " not in card
+    cut = f"begins {'x' * 72}…{'x' * 75} ends"
+    assert cut in html and len(cut) == 160 and "x" * 80 not in html
+
+
 @pytest.mark.parametrize("shape", [(28, 28, 1), (120, 90, 3)], ids=str)
 def test_page_is_small_whatever_the_data(shape):
     # Noise is the worst case: nothing compresses it.

@@ -1,8 +1,8 @@
 """Tables of numbers: text files with a delimiter, and the choice of columns of any table.
 
 Every column of numbers is a feature, but for the label and the columns to drop. The first column
-may be text that names each row, all different; it is left out. Any other text is refused, because
-numbers made of it would mean nothing.
+may be text that names each row, all different; it is no feature, and the examples go by it. Any
+other text is refused, because numbers made of it would mean nothing.
 """
 
 import contextlib
@@ -86,7 +86,7 @@ def read_csv(config: DataConfig) -> Dataset:
         texts = {i: f"'{field}'" for i, field in enumerate(data) if not _is_number(field)}
         columns = choose_columns(config, path, names, texts)
         rest = itertools.chain(head[1:] if has_header else head, rows)
-        examples, labels = _read_rows(path, names, columns, rest)
+        examples, labels, identifiers = _read_rows(path, names, columns, rest)
     warn_of_counts(path, names, columns, examples)
     name = path.name.removesuffix(".gz").rpartition(".")[0] or path.name
     return from_arrays(
@@ -95,6 +95,7 @@ def read_csv(config: DataConfig) -> Dataset:
         name=name,
         source=str(path),
         limit=config.limit,
+        paths=identifiers,
         columns=[names[i] for i in columns.features] if has_header else None,
     )
 
@@ -250,8 +251,8 @@ def _has_header(path: Path, head: Sequence[_Row]) -> bool:
 
 def _read_rows(
     path: Path, names: Sequence[str], columns: Columns, rows: Iterable[_Row]
-) -> tuple[np.ndarray, np.ndarray | None]:
-    """Features float32 [n, d] and labels int64 or str [n], if there is a label."""
+) -> tuple[np.ndarray, np.ndarray | None, list[str] | None]:
+    """Features float32 [n, d], labels int64 or str [n] and names of rows, where there are any."""
     parts, labels, identifiers = [], [], {}
     rows = iter(rows)
     whole = len(columns.features) == len(names)
@@ -282,7 +283,8 @@ def _read_rows(
         used = [f if whole else [f[i] for i in columns.features] for _, f in chunk]
         parts.append(_numbers(path, [names[i] for i in columns.features], chunk, used))
     examples = np.concatenate(parts)
-    return examples, np.array(_whole(labels)) if columns.label is not None else None
+    found = np.array(_whole(labels)) if columns.label is not None else None
+    return examples, found, list(identifiers) if columns.identifier is not None else None
 
 
 def _numbers(
