@@ -170,6 +170,14 @@ def test_every_section_is_there_and_the_numbers_are_those_of_the_summary():
         assert f'<th scope="row">{name}</th><td>{page.escape(plain(value))}</td>' in html
 
 
+def test_a_number_of_clusters_that_was_chosen_is_not_said_to_be_asked_for():
+    dataset, found = images(labelled=False)
+    asked, _ = make(dataset, found % 3, 4)
+    assert "4 clusters asked for, 3 found." in asked and "4 were asked for, 3 found." in asked
+    chosen, _ = make(dataset, found % 3, 4, summary={"num_clusters": {"chosen": 4}})
+    assert "4 clusters chosen, 3 found." in chosen and "4 were chosen, 3 found." in chosen
+
+
 def test_cards_show_members_from_the_most_to_the_least_certain():
     dataset, found = images(60)
     probability = np.linspace(0.5, 1, 60).astype(np.float32)
@@ -272,6 +280,12 @@ def test_a_shallow_baseline_that_does_as_well_is_said_to(name, words):
     html, summary = make(dataset, found, 4, summary={"baselines": {name: good}})
     assert f"{words} is as good" in " ".join(read(html).all("section"))
     assert page.notices(summary | {"baselines": {"kmeans_latents": good}}, a) == []
+    nmi = summary["scores"]["nmi"]
+    for ahead, how in ((0.019, "as good as"), (0.021, "better than")):
+        other = {"scores": {"nmi": nmi + ahead}}
+        (notice,) = page.notices(summary | {"baselines": {name: other}}, a)
+        said = f"{words} is {how} this run (NMI {nmi + ahead:.3f} against {nmi:.3f})."
+        assert notice.what == said
 
 
 # -- odd data ---------------------------------------------------------------------------------

@@ -175,7 +175,7 @@ def distinctive(
     order = np.argsort(-np.abs(difference), kind="stable")[:most]
     return [
         Feature(
-            f"column {j}" if names is None else names[j],
+            f"column {j}" if names is None else names[int(j)],
             float(inside[j]),
             float(outside[j]),
             float(difference[j]),

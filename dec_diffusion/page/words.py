@@ -1,5 +1,6 @@
 """What several sections call a method, a baseline or an example, and how they write a number."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -41,6 +42,11 @@ def baseline_name(name: str, is_image: bool) -> str:
     known = _BASELINES.get(name) or name.replace("_", " ")
     inputs, examples = ("pixels", "images' thumbnails") if is_image else ("inputs", "inputs")
     return known.format(inputs=inputs, examples=examples)
+
+
+def wanted(summary: Mapping[str, Any]) -> str:
+    """Where the number of clusters comes from: "asked for", or "chosen" by the run itself."""
+    return "chosen" if "num_clusters" in summary else "asked for"
 
 
 def example_name(dataset: Dataset, i: int) -> str:
