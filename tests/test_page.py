@@ -22,6 +22,8 @@ from dec_diffusion.config import Config
 from dec_diffusion.data import DataConfig, Dataset
 from dec_diffusion.evaluate import Assignment
 from dec_diffusion.methods.clusterddpm import ClusterDDPM
+from dec_diffusion.methods.diec import DiEC
+from dec_diffusion.methods.neural_mixture import NeuralMixture
 from dec_diffusion.page.settings import plain
 from dec_diffusion.page.template import SCRIPT, STYLE
 from dec_diffusion.report import Layout
@@ -286,6 +288,33 @@ def test_a_shallow_baseline_that_does_as_well_is_said_to(name, words):
         (notice,) = page.notices(summary | {"baselines": {name: other}}, a)
         said = f"{words} is {how} this run (NMI {nmi + ahead:.3f} against {nmi:.3f})."
         assert notice.what == said
+
+
+@pytest.mark.parametrize(
+    ("method", "setting"),
+    [
+        (NeuralMixture(num_clusters=4), "--config.method.prior=learned"),
+        (NeuralMixture(num_clusters=4, prior="learned"), None),
+        (ClusterDDPM(num_clusters=4), "--config.method.balance_iterations=0"),
+        (ClusterDDPM(num_clusters=4, balance_iterations=0), None),
+        (DiEC(num_clusters=4), None),
+    ],
+)
+def test_groups_that_k_means_finds_farther_apart_are_said_to_be(method, setting):
+    dataset, found = images(labelled=False)
+    config = Config("my run", method)
+    _, summary = make(dataset, found, 4)
+    ours = summary["scores"]["silhouette"]
+
+    def said(silhouette: float | None) -> list[str]:
+        baselines = {"kmeans_latents": {"scores": {"silhouette": silhouette}}}
+        html, _ = make(dataset, found, 4, config=config, summary={"baselines": baselines})
+        return read(html).all("div", class_="warning")
+
+    (warned,) = said(ours + 0.101)
+    assert f"farther apart than those of this run (silhouette {ours + 0.101:.3f} aga" in warned
+    assert re.findall(r"--config[\w.]+=\w+", warned) == ([setting] if setting else [])
+    assert said(ours + 0.099) == said(None) == []
 
 
 # -- odd data ---------------------------------------------------------------------------------

@@ -150,11 +150,18 @@ def choose_columns(
     wrong = [i for i in kept if i in texts and i != identifier]
     if wrong:
         drop = ",".join([*config.drop, *(names[i] for i in wrong)])
-        some = "" if len(wrong) == 1 else f" (and {len(wrong) - 1} more columns like it)"
+        more, first = len(wrong) - 1, wrong[0]
+        some = f" (and {more} more column{'s' if more > 1 else ''} like it)" if more else ""
+        commas = _decimal_point(texts[first])
+        if more:
+            classes = "if one of them holds the classes, --config.data.label=NAME scores against it"
+        else:
+            classes = f"if it holds the classes, --config.data.label={names[first]} scores against"
+            classes += " them"
         raise InputError(
-            f"{path}: column {names[wrong[0]]} holds {texts[wrong[0]]}, not numbers{some};"
-            f" {_decimal_point(texts[wrong[0]])}leave out such columns with"
-            f" --config.data.drop={drop}"
+            f"{path}: column {names[first]} holds {texts[first]}, not numbers{some}; {commas}leave"
+            f" {'them' if more else 'it'} out with --config.data.drop={drop}"
+            + (f"; {classes}" if label is None and not commas else "")
         )
     features = [i for i in kept if i != identifier]
     if not features:
