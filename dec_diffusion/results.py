@@ -255,7 +255,10 @@ def generator(run: Run) -> Callable[..., Array]:
         InputError: its method does not generate.
     """
     if run.method.sample is None:
-        raise InputError(f"--mode=sample: {run.config.name} is no generative method; use another")
+        raise InputError(
+            f"--mode=sample: {run.config.name} does not generate; train ClusterDDPM "
+            "(--config=clusterddpm) or DiEC (--config=diec) on the data"
+        )
     return run.method.sample
 
 

@@ -2,6 +2,7 @@
 
 import functools
 import pickle
+import warnings
 from typing import Any
 
 import jax
@@ -294,8 +295,38 @@ def test_samples_are_in_the_units_of_the_data(kind, form):
 
 
 def test_a_neural_mixture_says_that_it_does_not_generate():
-    with pytest.raises(InputError, match="NeuralMixture is no generative method"):
+    with pytest.raises(InputError, match="NeuralMixture does not generate; fit ClusterDDPM or D"):
         fitted(NeuralMixture, "points").sample()
+
+
+@pytest.mark.parametrize("load", [dec_diffusion.load, NeuralMixture.load])
+def test_what_cannot_be_loaded_is_said_in_terms_of_parameters(load, tmp_path):
+    with pytest.raises(
+        InputError, match=f"^workdir={tmp_path}/nothing holds no run .* the workdir"
+    ):
+        load(tmp_path / "nothing")
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(InputError, match=r"is damaged .* give another workdir$"):
+        load(tmp_path)
+
+
+# -- other data --
+
+
+def test_the_shape_of_new_images_is_checked_before_their_units():
+    model = fitted(NeuralMixture, "grey")
+    images = ARRAYS["grey"]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for one in (images[0], np.zeros((6, 6, 1))):
+            with pytest.raises(InputError, match="of one example: give X"):
+                model.predict(one)
+        with pytest.raises(InputError, match=r"have shape \(5, 6, 1\), the run was trained on"):
+            model.predict(1e6 * np.random.default_rng(0).random((9, 5, 6)))
+        # What is constant has no range to tell units by.
+        assert len(model.predict(np.zeros((3, 6, 6), np.uint8))) == 3
+    with pytest.warns(UserWarning, match="give data in the same units"):
+        model.predict(np.random.default_rng(0).random((9, 6, 6)))
 
 
 # -- on disk --
