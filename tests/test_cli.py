@@ -648,6 +648,31 @@ for line in sys.stdin:
     assert len(done.stderr.splitlines()) == len(lines)
 
 
+@pytest.mark.parametrize(
+    ("given", "meant"),
+    [
+        ("--seed=3", "--config.seed"),
+        ("--n_clusters=3", "--config.method.num_clusters"),
+        ("--method.num_clusters=3", "--config.method.num_clusters"),
+        ("--path=x", "--config.data.path"),
+        ("--batchsize=9", "--config.train.batch_size"),
+        ("--tau=1", "--config.method.tau"),
+        ("--wrokdir=x", "--workdir"),
+    ],
+)
+def test_fields_of_configs_are_suggested_too(capsys, given, meant):
+    assert main.execute(["main", "--config=clusterddpm", given]) == 2
+    name = given.partition("=")[0]
+    assert capsys.readouterr().err == f"error: {name}: no such option; did you mean {meant}?\n"
+
+
+def test_every_field_of_every_config_is_known():
+    for module in options.shipped():
+        config = command.load_config(options.parse(["main", f"--config={module}"]))
+        named = {name.rpartition(".")[2] for name in configs.flatten(config)}
+        assert named <= {*options._fields()}
+
+
 @pytest.mark.parametrize("way", ["module", "script"])
 def test_both_ways_in_exit_with_the_status(run_python, tmp_path, way):
     code = MODULE
