@@ -1,5 +1,6 @@
 """The estimators: scikit-learn's own checks, and what they promise beyond."""
 
+import csv
 import functools
 import pickle
 import warnings
@@ -27,11 +28,13 @@ from dec_diffusion import (
     main,
     options,
     parallel,
+    results,
     train,
     trained,
 )
 from dec_diffusion.estimator import _Estimator
 from dec_diffusion.types import InputError
+from dec_diffusion.workdir import Workdir
 
 TINY: dict[type[_Estimator], dict[str, Any]] = {
     ClusterDDPM: {
@@ -409,6 +412,23 @@ def test_the_command_line_reads_what_an_estimator_saved(tmp_path):
     assert status == 0
     lines = (tmp_path / "model" / "predict" / "assignments.csv").read_text().splitlines()[1:]
     assert [int(line.split(",")[2]) for line in lines] == model.labels_[:7].tolist()
+
+
+def test_samples_of_a_table_are_a_table(tmp_path):
+    run = fitted(ClusterDDPM, "points")._run
+    trained.save(run._replace(columns=("a", "b, c", "d")), tmp_path / "model")
+    assert main.execute(["main", "--mode=sample", f"--workdir={tmp_path}/model", "--quiet"]) == 0
+    folder = tmp_path / "model" / "sample"
+    samples = np.load(folder / "samples.npy")
+    with (folder / "samples.csv").open(newline="") as file:
+        head, *rows = csv.reader(file)
+    assert head == ["cluster", "a", "b, c", "d"]
+    assert [int(row[0]) for row in rows] == [0] * 12 + [1] * 12
+    values = np.array([row[1:] for row in rows], np.float32)
+    np.testing.assert_array_equal(values, samples.reshape(24, 3))
+    results.write_samples(run, samples, Workdir(tmp_path))
+    first = (tmp_path / "samples.csv").read_text().splitlines()[0]
+    assert first == "cluster,column 0,column 1,column 2"
 
 
 def test_a_workdir_holds_the_run_and_is_resumed(tmp_path, capsys):

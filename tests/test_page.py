@@ -17,7 +17,7 @@ import pytest
 from PIL import Image
 
 from dec_diffusion import config as configs
-from dec_diffusion import data, evaluate, metrics, options, page, report
+from dec_diffusion import data, evaluate, metrics, options, page, report, results
 from dec_diffusion.config import Config
 from dec_diffusion.data import DataConfig, Dataset
 from dec_diffusion.evaluate import Assignment
@@ -315,6 +315,19 @@ def test_groups_that_k_means_finds_farther_apart_are_said_to_be(method, setting)
     assert f"farther apart than those of this run (silhouette {ours + 0.101:.3f} aga" in warned
     assert re.findall(r"--config[\w.]+=\w+", warned) == ([setting] if setting else [])
     assert said(ours + 0.099) == said(None) == []
+
+
+def test_the_terminal_calls_baselines_as_the_page_does(tmp_path):
+    dataset, found = images()
+    _, summary = make(dataset, found, 4)
+    for shape, inputs in (((8, 8, 1), "pixels"), ((64,), "inputs")):
+        summary["data"]["shape"] = shape
+        head, ours, kmeans, *_ = results.describe(summary, tmp_path).splitlines()
+        assert kmeans.startswith(f"k-means on the {inputs} ")
+        acc = [summary["scores"]["acc"], summary["baselines"]["kmeans_pixels"]["scores"]["acc"]]
+        assert [line[head.index("acc") - 2 :][:5] for line in (ours, kmeans)] == [
+            f"{value:.3f}" for value in acc
+        ]
 
 
 # -- odd data ---------------------------------------------------------------------------------
