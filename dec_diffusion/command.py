@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import jax
-import numpy as np
 
 from dec_diffusion import config as configs
 from dec_diffusion import data, distributed, reading, report, results, seeds, train, workdir
@@ -289,7 +288,7 @@ def _sample(trained: Run, place: Workdir) -> str:
     results.generator(trained)
     _make(place.path)
     samples = results.sample(trained, seed=trained.config.seed)
-    np.save(place.path / "samples.npy", samples)
+    results.write_samples(trained, samples, place)
     said = f"{samples.shape[1]} examples of each of {samples.shape[0]} clusters: {place.path}"
     if trained.spec.is_image:
         shown = results.to_unit(samples, trained)

@@ -237,7 +237,9 @@ class _Estimator(ClassNamePrefixFeaturesOutMixin, TransformerMixin, ClusterMixin
         if cluster is not None and not 0 <= cluster < num_clusters:
             raise InputError(f"cluster={cluster}: must lie between 0 and {num_clusters - 1}")
         if self._run.method.sample is None:
-            raise InputError(f"sample: {type(self).__name__} is no generative method; use another")
+            raise InputError(
+                f"sample: {type(self).__name__} does not generate; fit ClusterDDPM or DiEC"
+            )
         seed = self._run.config.seed if random_state is None else random_state
         x = results.generate(self._run, n_samples, cluster=cluster, seed=seed)
         if cluster is None:
@@ -257,12 +259,20 @@ class _Estimator(ClassNamePrefixFeaturesOutMixin, TransformerMixin, ClusterMixin
 
     def _validated(self, X: Any, *, reset: bool) -> Any:
         least = 2 if reset else 1
+        if not reset:
+            self._refuse_one_image(X)
         if getattr(X, "ndim", None) in (3, 4) or (isinstance(X, list) and np.ndim(X) > 2):
             X = check_array(X, allow_nd=True, ensure_min_samples=least, estimator=self)
             if reset:
                 vars(self).pop("feature_names_in_", None)
             return X
         return validate_data(self, cast(Any, X), reset=reset, ensure_min_samples=least)
+
+    def _refuse_one_image(self, X: Any) -> None:
+        """One image [h, w] would be taken for h vectors, and [h, w, c] for h images."""
+        shape, own = self._run.spec.shape, getattr(X, "shape", None)
+        if len(shape) == 3 and own is not None and shape in (tuple(own), (*own, 1)):
+            raise InputError(f"X has the shape {tuple(own)} of one example: give X[None]")
 
     # -- keeping it --
 
@@ -292,13 +302,15 @@ class _Estimator(ClassNamePrefixFeaturesOutMixin, TransformerMixin, ClusterMixin
         Raises:
             InputError: there is no trained run in ``path``, or it is of another method.
         """
-        run = trained.load(path)
+        with _in_terms_of_parameters():
+            run = trained.load(path)
         if type(run.config.method) is not cls._settings_class:
             raise InputError(
                 f"workdir={path}: is a run of {type(run.config.method).__name__}, not of "
                 f"{cls.__name__}; use dec_diffusion.load"
             )
-        return cls._of(run, path)
+        with _in_terms_of_parameters():
+            return cls._of(run, path)
 
     @classmethod
     def _of(cls, run: Run, path: str | os.PathLike[str]) -> Self:
@@ -584,10 +596,11 @@ def load(path: str | os.PathLike[str]) -> ClusterDDPM | DiEC | NeuralMixture:
     Raises:
         InputError: there is no trained run in ``path``, or no estimator of its method.
     """
-    run = trained.load(path)
-    for kind in (ClusterDDPM, DiEC, NeuralMixture):
-        if type(run.config.method) is kind._settings_class:
-            return kind._of(run, path)
+    with _in_terms_of_parameters():
+        run = trained.load(path)
+        for kind in (ClusterDDPM, DiEC, NeuralMixture):
+            if type(run.config.method) is kind._settings_class:
+                return kind._of(run, path)
     raise InputError(
         f"workdir={path}: there is no estimator of {type(run.config.method).__name__}; use "
         "dec_diffusion.trained.load"

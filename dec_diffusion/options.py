@@ -36,6 +36,7 @@ be written; 75 stopped by SIGTERM or Ctrl-C after saving a checkpoint; 76 anothe
 is gone. After 75 and 76, and after a crash, the same command resumes.
 """
 
+import ast
 import difflib
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -50,6 +51,7 @@ _DISTRIBUTED = ("auto", "on", "off")
 _POD = ("coordinator", "num_processes", "process_id")
 _OPTIONS = ("config", "workdir", "mode", "seeds", "logger", "quiet", "help")
 _OPTIONS += ("distributed", "distributed_timeout", *_POD)
+_SECTIONS = ("data", "method", "train")  # of a config, which hold values and are none
 _MOST_SEEDS = 1000
 _PACKAGE = Path(__file__).resolve().parent
 
@@ -105,8 +107,9 @@ def parse(argv: list[str]) -> Options:
     try:
         extra = values(rest)[1:]
     except flags.UnrecognizedFlagError as error:
-        near = difflib.get_close_matches(error.flagname, _OPTIONS, n=1)
-        hint = f"did you mean --{near[0]}?" if near else "--help lists the options"
+        known = _fields() | {option: option for option in _OPTIONS}
+        near = difflib.get_close_matches(error.flagname.rpartition(".")[2], known, n=1)
+        hint = f"did you mean --{known[near[0]]}?" if near else "--help lists the options"
         raise flags.Error(f"--{error.flagname}: no such option; {hint}") from error
     if extra:
         raise flags.Error(f"unexpected argument {extra[0]!r}: write options as --name=value")
@@ -199,6 +202,24 @@ def usage() -> str:
 def shipped() -> list[str]:
     """Names of the configs that come with the package."""
     return sorted(p.stem for p in _config_folder().glob("*.py"))
+
+
+def _fields() -> dict[str, str]:
+    """The fields of all configs, and the options that set them.
+
+    They are read from the sources, because importing the classes would import JAX.
+    """
+    methods = sorted((_PACKAGE / "methods").glob("*.py"))
+    # A method's settings are the class that is called as its file is.
+    sections = {file.stem.replace("_", ""): "config.method." for file in methods}
+    sections |= {"dataconfig": "config.data.", "trainconfig": "config.train.", "config": "config."}
+    found = {}
+    for file in (*methods, _PACKAGE / "data" / "config.py", _PACKAGE / "config.py"):
+        for node in ast.parse(file.read_text(encoding="utf-8")).body:
+            if isinstance(node, ast.ClassDef) and node.name.lower() in sections:
+                fields = (ast.unparse(s.target) for s in node.body if isinstance(s, ast.AnnAssign))
+                found |= {name: sections[node.name.lower()] + name for name in fields}
+    return {name: option for name, option in found.items() if name not in _SECTIONS}
 
 
 def _take_overrides(argv: list[str]) -> tuple[list[str], list[tuple[str, str | None]]]:

@@ -28,13 +28,15 @@ class Progress:
         silent: bool = False,
         stream: TextIO | None = None,
     ) -> None:
-        self._total, self._first = total_steps, first_step
+        self._total, self._step = total_steps, first_step
+        self._phase = ""
+        self._steps, self._seconds = 0, 0.0  # but for the first iterations of phases
         self._silent = silent
         self._stream = stream or sys.stdout
         self._live = self._stream.isatty()
         self._width = 0
         self._last_line = -float("inf")
-        self._started = time.monotonic()
+        self._last_update = time.monotonic()
 
     def note(self, text: str) -> None:
         """Print a line that stays."""
@@ -42,20 +44,42 @@ class Progress:
             self._write(text, stays=True)
 
     def update(self, step: int, where: str, record: Mapping[str, float], rate: float) -> None:
-        """Show where the run is, the figures of ``record`` worth showing, rate and time left."""
+        """Show where the run is, the figures of ``record`` worth showing, rate and time left.
+
+        Args:
+            step: gradient steps taken.
+            where: the phase, in one word, and how far it is.
+            record: of the iteration that ends here.
+            rate: examples per second.
+        """
         if self._silent:
             return
-        elapsed = time.monotonic() - self._started
-        left = elapsed / max(1, step - self._first) * (self._total - step)
+        left = self._left(step, where.partition(" ")[0])
         figures = [f"{name} {record[name]:.4g}" for name in _SHOWN if name in record]
         # The figures last: where a terminal is narrow they are cut off first.
-        pace = [f"{clock(left)} left", f"{rate:,.0f} examples/s"]
+        pace = [f"{left} left", f"{rate:,.0f} examples/s"]
         line = "  ".join([f"{100 * step // self._total:3d}%", where, *pace, *figures])
         if self._live:
             self._write(line, stays=step == self._total)
         elif step == self._total or time.monotonic() - self._last_line > _SECONDS_BETWEEN_LINES:
             self._last_line = time.monotonic()
             self._write(line, stays=True)
+
+    def _left(self, step: int, phase: str) -> str:
+        """The time left by the pace until now, ``...`` while that is not known.
+
+        The first iteration of a phase counts for nothing: most of it may be compiling.
+        """
+        now = time.monotonic()
+        if phase == self._phase:
+            self._steps += step - self._step
+            self._seconds += now - self._last_update
+        self._phase, self._step, self._last_update = phase, step, now
+        if step == self._total:
+            return clock(0)
+        if not self._steps:
+            return "..."
+        return clock(self._seconds / self._steps * (self._total - step))
 
     def _write(self, text: str, *, stays: bool) -> None:
         if not self._live:

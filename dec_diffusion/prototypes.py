@@ -21,7 +21,7 @@ class Prototypes(NamedTuple):
 
     Attributes:
         cluster: int32 [m], which they stand for.
-        name: str [m], their files or, where they come from none, their rows in the source.
+        name: str [m], their files or names or, where they have none, their rows in the source.
         embedding: float32 [m, d], where they lie in the space clustered in.
     """
 

@@ -1,7 +1,9 @@
 """What a finished run leaves in its workdir: assignments, summary, pictures, samples."""
 
+import csv
 import dataclasses
 import importlib.metadata
+import io
 import json
 import time
 from collections.abc import Callable, Mapping
@@ -236,6 +238,27 @@ def sample(
     return x.reshape(count, per_cluster, *run.spec.shape)
 
 
+def write_samples(run: Run, samples: np.ndarray, place: Workdir) -> None:
+    """``samples.npy`` and, of a table, ``samples.csv``: a cluster and its values in each row.
+
+    Args:
+        run: that generated them.
+        samples: float32 [k, m, ...], of clusters 0 to k-1.
+        place: the folder.
+    """
+    np.save(place.path / "samples.npy", samples)
+    if run.spec.is_image:
+        return
+    columns = run.columns or [f"column {j}" for j in range(samples.shape[2])]
+    out = io.StringIO()
+    writer = csv.writer(out, lineterminator="\n")
+    writer.writerow(["cluster", *columns])
+    for cluster, examples in enumerate(samples):
+        # As text, which has just the digits that a float32 needs.
+        writer.writerows([cluster, *map(str, example)] for example in examples)
+    place.write_text("samples.csv", out.getvalue())
+
+
 def generate(run: Run, n: int, *, cluster: int | None = None, seed: int = 0) -> np.ndarray:
     """Generate ``n`` examples of one cluster, or of the whole: each draws its cluster first.
 
@@ -255,7 +278,10 @@ def generator(run: Run) -> Callable[..., Array]:
         InputError: its method does not generate.
     """
     if run.method.sample is None:
-        raise InputError(f"--mode=sample: {run.config.name} is no generative method; use another")
+        raise InputError(
+            f"--mode=sample: {run.config.name} does not generate; train ClusterDDPM "
+            "(--config=clusterddpm) or DiEC (--config=diec) on the data"
+        )
     return run.method.sample
 
 
@@ -274,12 +300,17 @@ def to_unit(examples: np.ndarray, run: Run) -> np.ndarray:
 def describe(summary: Mapping[str, Any], folder: Path) -> str:
     """The end of a run in a few lines: this run beside its baselines, and where to look."""
     rows = [("this run", summary["scores"])]
-    rows += [(name, b["scores"]) for name, b in summary["baselines"].items()]
+    is_image = len(summary["data"]["shape"]) == 3
+    rows += [
+        (page.baseline_name(name, is_image), b["scores"])
+        for name, b in summary["baselines"].items()
+    ]
+    width = 2 + max(len(name) for name, _ in rows)
     columns = ("acc", "nmi", "ari") if summary["data"]["labels"] else ("silhouette",)
-    lines = [f"{'':18s}" + "".join(f"{c:>11s}" for c in columns)]
+    lines = [" " * width + "".join(f"{c:>11s}" for c in columns)]
     for name, scores in rows:
         figures = "".join(f"{scores[c]:11.3f}" for c in columns)
-        lines.append(f"{name.replace('_', ' '):18s}{figures}")
+        lines.append(f"{name:{width}s}{figures}")
     if found := summary.get("search"):
         beyond = found["boundary"] and found["timestep"]
         note = ", the first or last timestep tried: widen the search" if beyond else ""
@@ -321,7 +352,13 @@ def _pictures(
     else:
         rows = few_rows(dataset)
         flat, labels = (dataset.examples[rows] - run.offset) / run.scale, assignment.labels[rows]
-        report.centres(folder / "clusters.png", flat, labels, num_clusters=num_clusters)
+        report.centres(
+            folder / "clusters.png",
+            flat,
+            labels,
+            num_clusters=num_clusters,
+            feature_names=dataset.columns,
+        )
     layout = report.latent_map(
         folder / "latents.png",
         assignment.embedding,

@@ -20,7 +20,7 @@ from dec_diffusion import engine, evaluate, num_clusters, parallel, workdir
 from dec_diffusion.checkpoints import Checkpoints
 from dec_diffusion.config import Config
 from dec_diffusion.data import Dataset
-from dec_diffusion.data.shards import bounded
+from dec_diffusion.data.shards import bounded, chunks
 from dec_diffusion.engine import TrainState
 from dec_diffusion.method import DataSpec, Method, Pretrained
 from dec_diffusion.networks import diffusers
@@ -183,21 +183,27 @@ def rescaled(run: Run, dataset: Dataset) -> Dataset:
 
     Warns of images whose values seem to be in other units.
     """
-    dataset = sources.with_columns(dataset, run.columns)
-    apart = float(np.max(dataset.scale / np.max(run.scale))) if dataset.is_image else 1.0
-    if not 1 / _UNITS <= apart <= _UNITS:
-        warnings.warn(
-            f"{dataset.name}: its values span {_span(dataset.offset, dataset.scale)}, those of the "
-            f"training data {_span(run.offset, run.scale)}; give data in the same units",
-            stacklevel=3,
-        )
-    dataset = sources.with_scaling(dataset, run.offset, run.scale)
+    own = sources.with_columns(dataset, run.columns)
+    dataset = sources.with_scaling(own, run.offset, run.scale)
     if dataset.example_shape != run.spec.shape:
         raise InputError(
             f"--config.data: examples of {dataset.name} have shape {dataset.example_shape}, the "
             f"run was trained on {run.spec.shape}; give data of that shape"
         )
+    apart = float(np.max(own.scale / np.max(run.scale))) if own.is_image else 1.0
+    # A constant has no range, whatever its units.
+    if not 1 / _UNITS <= apart <= _UNITS and _varies(own):
+        warnings.warn(
+            f"{own.name}: its values span {_span(own.offset, own.scale)}, those of the "
+            f"training data {_span(run.offset, run.scale)}; give data in the same units",
+            stacklevel=3,
+        )
     return dataset
+
+
+def _varies(dataset: Dataset) -> bool:
+    first = dataset.examples[0].flat[0]
+    return any((part != first).any() for _, part in chunks(dataset.examples))
 
 
 def _span(offset: Any, scale: Any) -> str:

@@ -467,7 +467,10 @@ BAD_WITH_A_RUN = {
         lambda t: [PREDICT, f"--workdir={t}/run", new(t), "--config.method.width=9"],
         ["--workdir=", "width"],
     ),
-    "no generative method": (lambda t: ["--mode=sample", f"--workdir={t}/run"], ["--mode=sample"]),
+    "no generative method": (
+        lambda t: ["--mode=sample", f"--workdir={t}/run"],
+        ["--mode=sample", "does not generate; train ClusterDDPM (--config=clusterddpm) or DiEC"],
+    ),
     "workdir of another config": (
         lambda t: [*TINY, f"--workdir={t}/run"],
         ["--workdir=", "another config", "method.is"],

@@ -24,7 +24,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dec_diffusion import command, interrupt, main, options, results, train, trained
+from dec_diffusion import command, interrupt, main, options, report, results, train, trained
 from dec_diffusion import config as configs
 from dec_diffusion.config import Config
 from dec_diffusion.methods.clusterddpm import ClusterDDPM
@@ -523,7 +523,9 @@ def test_other_settings_of_the_method_are_refused_with_a_trained_run(capsys, cop
 
 
 @pytest.mark.parametrize("ending", ["csv", "parquet"])
-def test_predict_remembers_which_columns_of_a_table_are_no_features(tmp_path, capsys, ending):
+def test_predict_remembers_which_columns_of_a_table_are_no_features(
+    tmp_path, capsys, monkeypatch, ending
+):
     pyarrow = pytest.importorskip("pyarrow")
     import pyarrow.parquet as pq
 
@@ -532,6 +534,7 @@ def test_predict_remembers_which_columns_of_a_table_are_no_features(tmp_path, ca
     def table(name: str, columns: str, n: int) -> str:
         of = {c: rng.normal(size=n) for c in ("a", "b", "other")}
         of |= {"kind": np.arange(n) % 2, "batch": np.full(n, 7), "note": np.full(n, "text")}
+        of["id"] = [f"{name}-{i}" for i in range(n)]
         file = tmp_path / f"{name}.{ending}"
         if ending == "parquet":
             pq.write_table(pyarrow.table({c: of[c] for c in columns.split()}), file)
@@ -551,16 +554,36 @@ def test_predict_remembers_which_columns_of_a_table_are_no_features(tmp_path, ca
         "--config.data.drop=batch,note",
         f"--workdir={tmp_path / 'run'}",
     ]
-    all_columns = table("old", "a note b kind batch", 40)
+    names, centres = [], report.centres
+
+    def draw(*args, feature_names, **options):
+        names.append(feature_names)
+        centres(*args, feature_names=feature_names, **options)
+
+    monkeypatch.setattr(report, "centres", draw)
+    all_columns = table("old", "id a note b kind batch", 40)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", train.EmptyClusterWarning)
         assert main.execute(["main", *train_on, all_columns]) == 0
+    # Pictures and the page call them by their names.
+    assert names == [("a", "b")]
+    assert '<th scope="row">a</th>' in (tmp_path / "run" / "report.html").read_text()
     mode = ["main", "--mode=predict", f"--workdir={tmp_path / 'run'}"]
+    # Rows go by the name in the first column, those trained on and new ones.
+    trained_on = rows_of(tmp_path / "run" / "assignments.csv")
+    assert [row["path"] for row in trained_on] == [f"old-{i}" for i in range(40)]
+    cluster = {row["path"]: row["cluster"] for row in trained_on}
+    assert main.execute([*mode, table("new", "id kind a b", 9)]) == 0
+    new_rows = rows_of(tmp_path / "run" / "predict" / "assignments.csv")
+    assert [row["path"] for row in new_rows] == [f"new-{i}" for i in range(9)]
+    known = [row for row in trained_on + new_rows if row["prototype"]]
+    assert known and all(cluster[row["prototype"]] == row["cluster"] for row in known)
     # With all of the columns, with some, and with none but the features.
     for columns in ("kind a b note batch", "a batch b", "a b"):
         new = table("new", columns, 9)
         assert main.execute([*mode, new]) == 0, columns
-        assert len(rows_of(tmp_path / "run" / "predict" / "assignments.csv")) == 9
+        rows = rows_of(tmp_path / "run" / "predict" / "assignments.csv")
+        assert [(row["index"], row["path"]) for row in rows] == [(str(i), "") for i in range(9)]
         # The sort of source may be said again.
         assert main.execute([*mode, f"--config.data.name={ending}", new]) == 0
     # What is asked for now goes before what was asked for then.
@@ -631,6 +654,31 @@ for line in sys.stdin:
     )
     assert done.stdout.splitlines() == ["2 False"] * len(lines)
     assert len(done.stderr.splitlines()) == len(lines)
+
+
+@pytest.mark.parametrize(
+    ("given", "meant"),
+    [
+        ("--seed=3", "--config.seed"),
+        ("--n_clusters=3", "--config.method.num_clusters"),
+        ("--method.num_clusters=3", "--config.method.num_clusters"),
+        ("--path=x", "--config.data.path"),
+        ("--batchsize=9", "--config.train.batch_size"),
+        ("--tau=1", "--config.method.tau"),
+        ("--wrokdir=x", "--workdir"),
+    ],
+)
+def test_fields_of_configs_are_suggested_too(capsys, given, meant):
+    assert main.execute(["main", "--config=clusterddpm", given]) == 2
+    name = given.partition("=")[0]
+    assert capsys.readouterr().err == f"error: {name}: no such option; did you mean {meant}?\n"
+
+
+def test_every_field_of_every_config_is_known():
+    for module in options.shipped():
+        config = command.load_config(options.parse(["main", f"--config={module}"]))
+        named = {name.rpartition(".")[2] for name in configs.flatten(config)}
+        assert named <= {*options._fields()}
 
 
 @pytest.mark.parametrize("way", ["module", "script"])

@@ -436,7 +436,7 @@ def broken_folder(folder: Path) -> Path:
     folder_of(folder, COLOUR)
     cut = (folder / "002.png").read_bytes()
     put(folder / "002.png", cut[: len(cut) // 2])
-    put(folder / "notes.txt", b"taken in spring")
+    put(folder / "notes.tif", b"taken in spring")
     return folder
 
 
@@ -456,9 +456,9 @@ def test_a_folder_that_cannot_be_read_is_named(tmp_path, monkeypatch):
 def test_broken_files_are_refused_by_name(tmp_path):
     folder = broken_folder(tmp_path)
     message = refused("folder", folder)
-    assert message.startswith(f"{folder / 'notes.txt'}: is not an image")
+    assert message.startswith(f"{folder / 'notes.tif'}: is not an image")
     assert "--config.data.broken=skip" in message
-    (folder / "notes.txt").unlink()
+    (folder / "notes.tif").unlink()
     message = refused("folder", folder)
     assert message.startswith(f"{folder / '002.png'}: cannot be read") and "repair" in message
     put(folder / "004.png", b"")
@@ -471,10 +471,24 @@ def test_broken_files_are_left_out_with_a_warning(tmp_path):
     with pytest.warns(UserWarning, match=r"left out 2 of 7 files") as record:
         dataset = load("folder", folder, broken="skip")
     (message,) = [str(warning.message) for warning in record]
-    assert "002.png" in message and "notes.txt" in message and "\n" not in message
+    assert "002.png" in message and "notes.tif" in message and "\n" not in message
     np.testing.assert_array_equal(dataset.examples, COLOUR[[0, 1, 3, 4, 5]])
     assert dataset.rows.tolist() == [0, 1, 3, 4, 5]
     assert [Path(path).name for path in dataset.paths] == [f"{i:03d}.png" for i in dataset.rows]
+
+
+def test_files_that_are_plainly_no_images_are_left_out_with_one_warning(tmp_path):
+    folder_of(tmp_path, COLOUR)
+    endings = "TXT json csv xml xmp md html pdf db ini log py".split()
+    for ending in endings:
+        put(tmp_path / f"000.{ending}", b"no image")
+    with pytest.warns(UserWarning, match="endings") as record:
+        dataset = load("folder", tmp_path)
+    (message,) = [str(warning.message) for warning in record]
+    first = tmp_path / "000.TXT"
+    assert f"left out 12 files with endings that images do not have, the first {first}" in message
+    np.testing.assert_array_equal(dataset.examples, COLOUR)
+    assert [Path(path).name for path in dataset.paths] == [f"{i:03d}.png" for i in range(6)]
 
 
 def test_whole_folders_warn_of_nothing(tmp_path):
@@ -491,7 +505,12 @@ _BAD_FOLDER = {
     "no images": (
         lambda t: put(t / "a.txt", b"x").parent,
         {"broken": "skip"},
-        ["none of its 1 files", "a.txt"],
+        ["holds no images, only 1 file such as", "a.txt", "; give a folder of images"],
+    ),
+    "nothing but broken images": (
+        lambda t: put(t / "a.png", b"x").parent,
+        {"broken": "skip"},
+        ["none of its 1 files", "a.png"],
     ),
     "real numbers": (
         lambda t: save(GREY[0].astype(np.float32), t / "a.tif").parent,
@@ -555,11 +574,13 @@ def test_a_folder_of_images_is_clustered_from_the_command_line(capfd, tmp_path):
     # New images, of another size and without colour, are made what the run was trained on.
     save(np.full((20, 30), 200, np.uint8), tmp_path / "new" / "grey.png")
     predict = [f"--workdir={workdir}", f"--config.data.path={tmp_path / 'new'}"]
-    assert main.execute(["main", "--mode=predict", *predict]) == 0
+    put(tmp_path / "new" / "notes.txt", b"no image")
+    with pytest.warns(UserWarning, match="left out 1 file with endings that images do not have"):
+        assert main.execute(["main", "--mode=predict", *predict]) == 0
     assert "1 examples assigned" in capfd.readouterr().out
-    put(place / "0" / "note.txt", b"no image")
+    put(place / "0" / "note.gif", b"no image")
     again = [*argv, f"--workdir={tmp_path / 'other'}"]
     assert main.execute(["main", *again]) == 2
     error = capfd.readouterr().err
-    assert error.startswith(f"error: {place / '0' / 'note.txt'}: is not an image")
+    assert error.startswith(f"error: {place / '0' / 'note.gif'}: is not an image")
     assert error.count("\n") == 1

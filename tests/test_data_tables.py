@@ -107,10 +107,15 @@ def write(path: Path, columns) -> Path:
 def test_columns_left_out(tmp_path, kind):
     ids = [f"row {i}" for i in range(30)]
     path = write(tmp_path / f"a.{kind}", {"id": ids, "label": KINDS} | FEATURES | {"note": KINDS})
-    np.testing.assert_array_equal(load(path, drop=("note",)).examples, X)
-    dataset = load(path, drop=("note", "label", "mass"))
+    dataset = load(path, drop=("note",))
+    np.testing.assert_array_equal(dataset.examples, X)
+    # The first is no feature, but what the examples are called.
+    assert dataset.paths == ids
+    part = load(path, drop=("note",), limit=7)
+    assert part.paths == [ids[i] for i in part.rows]
+    dataset = load(path, drop=("note", "label", "mass", "id"))
     np.testing.assert_array_equal(dataset.examples, X[:, [0, 1, 3]])
-    assert dataset.labels is None
+    assert dataset.labels is None and dataset.paths is None
 
 
 @pytest.mark.parametrize("kind", ["csv", "parquet"])
@@ -344,11 +349,20 @@ BAD = {
     "other encoding": (csv("ä,b\n1,2\n".encode("latin-1")), {}, ["cannot be read", "UTF-8"]),
     "cut gzip": (csv(gzip.compress(b"1,2\n" * 99)[:20], "a.csv.gz"), {}, ["cannot be read"]),
     "split": (csv("1,2\n3,4\n"), {"split": "test"}, ["--config.data.split=test", "split=all"]),
-    "text column": (csv("a,b\n1,x\n2,y\n"), {}, ["column b holds 'x'", f"{_DROP}b"]),
+    "text column": (
+        csv("a,b\n1,x\n2,y\n"), {},
+        [f"column b holds 'x', not numbers; leave it out with {_DROP}b; if it holds the classes",
+         "classes, --config.data.label=b scores against them END"],
+    ),
     "text columns": (
         csv("i,a,b,c\nu,1,x,y\n"),
         {"drop": ("a",)},
-        ["column b", "1 more", f"{_DROP}a,b,c"],
+        ["column b holds 'x', not numbers (and 1 more column like it); leave them out",
+         f"{_DROP}a,b,c; if one of them holds the classes, --config.data.label=NAME scores"],
+    ),
+    "text beside a label": (
+        csv("a,b,c,d,label\n1,x,y,z,0\n"), {},
+        ["(and 2 more columns like it); leave them out", f"with {_DROP}b,c,d END"],
     ),
     "identifier repeats": (
         csv("a,b\nx,1\ny,2\nx,3\n"), {}, ["'x' in lines 2 and 4", f"{_DROP}a"],
@@ -360,7 +374,10 @@ BAD = {
     "infinite": (csv("a,b\n1,2\n-inf,4\n"), {}, ["line 3, column a", "infinite", "remove"]),
     "beyond float32": (csv("a,b\n1,2\n1e300,4\n"), {}, ["line 3, column a", "float32"]),
     "text later": (csv("a,b\n1,2\n3,red\n"), {}, ["line 3, column b", "'red', not a number"]),
-    "decimal comma": (csv("a;b\n1,5;2,5\n"), {}, ["column a holds '1,5'", "decimal points"]),
+    "decimal comma": (
+        csv("a;b\n1,5;2,5\n"), {},
+        ["column a holds '1,5'", "decimal points and no commas, or leave", f"{_DROP}a,b END"],
+    ),
     "decimal comma in front": (csv("a;b\n1,70;30\n1,82;41\n"), {}, ["column a holds '1,70'"]),
     "thousands": (csv('a;b\n"1,200.5";30\n'), {}, ["column a holds '1,200.5'", "no commas"]),
     "underscore later": (csv("a,b\n1,2\n3,4_5\n"), {}, ["line 3, column b", "'4_5', not a number"]),
@@ -449,7 +466,7 @@ def test_bad_input(tmp_path, make, options, expected):
     path = make(tmp_path)
     with pytest.raises(InputError) as error:
         load(path, **options) if path else data.load(data.DataConfig(**options))
-    message = str(error.value)
+    message = f"{error.value} END"
     assert "\n" not in message
     assert all(words in message for words in expected), message
 

@@ -1,7 +1,9 @@
 """The estimators: scikit-learn's own checks, and what they promise beyond."""
 
+import csv
 import functools
 import pickle
+import warnings
 from typing import Any
 
 import jax
@@ -26,11 +28,13 @@ from dec_diffusion import (
     main,
     options,
     parallel,
+    results,
     train,
     trained,
 )
 from dec_diffusion.estimator import _Estimator
 from dec_diffusion.types import InputError
+from dec_diffusion.workdir import Workdir
 
 TINY: dict[type[_Estimator], dict[str, Any]] = {
     ClusterDDPM: {
@@ -294,8 +298,38 @@ def test_samples_are_in_the_units_of_the_data(kind, form):
 
 
 def test_a_neural_mixture_says_that_it_does_not_generate():
-    with pytest.raises(InputError, match="NeuralMixture is no generative method"):
+    with pytest.raises(InputError, match="NeuralMixture does not generate; fit ClusterDDPM or D"):
         fitted(NeuralMixture, "points").sample()
+
+
+@pytest.mark.parametrize("load", [dec_diffusion.load, NeuralMixture.load])
+def test_what_cannot_be_loaded_is_said_in_terms_of_parameters(load, tmp_path):
+    with pytest.raises(
+        InputError, match=f"^workdir={tmp_path}/nothing holds no run .* the workdir"
+    ):
+        load(tmp_path / "nothing")
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(InputError, match=r"is damaged .* give another workdir$"):
+        load(tmp_path)
+
+
+# -- other data --
+
+
+def test_the_shape_of_new_images_is_checked_before_their_units():
+    model = fitted(NeuralMixture, "grey")
+    images = ARRAYS["grey"]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for one in (images[0], np.zeros((6, 6, 1))):
+            with pytest.raises(InputError, match="of one example: give X"):
+                model.predict(one)
+        with pytest.raises(InputError, match=r"have shape \(5, 6, 1\), the run was trained on"):
+            model.predict(1e6 * np.random.default_rng(0).random((9, 5, 6)))
+        # What is constant has no range to tell units by.
+        assert len(model.predict(np.zeros((3, 6, 6), np.uint8))) == 3
+    with pytest.warns(UserWarning, match="give data in the same units"):
+        model.predict(np.random.default_rng(0).random((9, 6, 6)))
 
 
 # -- on disk --
@@ -378,6 +412,23 @@ def test_the_command_line_reads_what_an_estimator_saved(tmp_path):
     assert status == 0
     lines = (tmp_path / "model" / "predict" / "assignments.csv").read_text().splitlines()[1:]
     assert [int(line.split(",")[2]) for line in lines] == model.labels_[:7].tolist()
+
+
+def test_samples_of_a_table_are_a_table(tmp_path):
+    run = fitted(ClusterDDPM, "points")._run
+    trained.save(run._replace(columns=("a", "b, c", "d")), tmp_path / "model")
+    assert main.execute(["main", "--mode=sample", f"--workdir={tmp_path}/model", "--quiet"]) == 0
+    folder = tmp_path / "model" / "sample"
+    samples = np.load(folder / "samples.npy")
+    with (folder / "samples.csv").open(newline="") as file:
+        head, *rows = csv.reader(file)
+    assert head == ["cluster", "a", "b, c", "d"]
+    assert [int(row[0]) for row in rows] == [0] * 12 + [1] * 12
+    values = np.array([row[1:] for row in rows], np.float32)
+    np.testing.assert_array_equal(values, samples.reshape(24, 3))
+    results.write_samples(run, samples, Workdir(tmp_path))
+    first = (tmp_path / "samples.csv").read_text().splitlines()[0]
+    assert first == "cluster,column 0,column 1,column 2"
 
 
 def test_a_workdir_holds_the_run_and_is_resumed(tmp_path, capsys):

@@ -17,11 +17,13 @@ import pytest
 from PIL import Image
 
 from dec_diffusion import config as configs
-from dec_diffusion import data, evaluate, metrics, options, page, report
+from dec_diffusion import data, evaluate, metrics, options, page, report, results
 from dec_diffusion.config import Config
 from dec_diffusion.data import DataConfig, Dataset
 from dec_diffusion.evaluate import Assignment
 from dec_diffusion.methods.clusterddpm import ClusterDDPM
+from dec_diffusion.methods.diec import DiEC
+from dec_diffusion.methods.neural_mixture import NeuralMixture
 from dec_diffusion.page.settings import plain
 from dec_diffusion.page.template import SCRIPT, STYLE
 from dec_diffusion.report import Layout
@@ -170,6 +172,14 @@ def test_every_section_is_there_and_the_numbers_are_those_of_the_summary():
         assert f'<th scope="row">{name}</th><td>{page.escape(plain(value))}</td>' in html
 
 
+def test_a_number_of_clusters_that_was_chosen_is_not_said_to_be_asked_for():
+    dataset, found = images(labelled=False)
+    asked, _ = make(dataset, found % 3, 4)
+    assert "4 clusters asked for, 3 found." in asked and "4 were asked for, 3 found." in asked
+    chosen, _ = make(dataset, found % 3, 4, summary={"num_clusters": {"chosen": 4}})
+    assert "4 clusters chosen, 3 found." in chosen and "4 were chosen, 3 found." in chosen
+
+
 def test_cards_show_members_from_the_most_to_the_least_certain():
     dataset, found = images(60)
     probability = np.linspace(0.5, 1, 60).astype(np.float32)
@@ -229,6 +239,8 @@ def test_distinctive_features_are_those_that_were_moved():
     assert features[1].difference < 0
     assert len(page.distinctive(x, labels, 2, most=99)) == 29, "a constant tells nothing"
     assert page.distinctive(x, np.zeros(400, int), 0) == page.distinctive(x, labels, 5) == []
+    named = page.distinctive(x, labels, 2, most=2, names=[f"gene {j}" for j in range(30)])
+    assert [f.name for f in named] == ["gene 7", "gene 3"]
 
 
 # What is done to a clustering of 100 examples into 4: labels, probability, and words of warning.
@@ -270,6 +282,52 @@ def test_a_shallow_baseline_that_does_as_well_is_said_to(name, words):
     html, summary = make(dataset, found, 4, summary={"baselines": {name: good}})
     assert f"{words} is as good" in " ".join(read(html).all("section"))
     assert page.notices(summary | {"baselines": {"kmeans_latents": good}}, a) == []
+    nmi = summary["scores"]["nmi"]
+    for ahead, how in ((0.019, "as good as"), (0.021, "better than")):
+        other = {"scores": {"nmi": nmi + ahead}}
+        (notice,) = page.notices(summary | {"baselines": {name: other}}, a)
+        said = f"{words} is {how} this run (NMI {nmi + ahead:.3f} against {nmi:.3f})."
+        assert notice.what == said
+
+
+@pytest.mark.parametrize(
+    ("method", "setting"),
+    [
+        (NeuralMixture(num_clusters=4), "--config.method.prior=learned"),
+        (NeuralMixture(num_clusters=4, prior="learned"), None),
+        (ClusterDDPM(num_clusters=4), "--config.method.balance_iterations=0"),
+        (ClusterDDPM(num_clusters=4, balance_iterations=0), None),
+        (DiEC(num_clusters=4), None),
+    ],
+)
+def test_groups_that_k_means_finds_farther_apart_are_said_to_be(method, setting):
+    dataset, found = images(labelled=False)
+    config = Config("my run", method)
+    _, summary = make(dataset, found, 4)
+    ours = summary["scores"]["silhouette"]
+
+    def said(silhouette: float | None) -> list[str]:
+        baselines = {"kmeans_latents": {"scores": {"silhouette": silhouette}}}
+        html, _ = make(dataset, found, 4, config=config, summary={"baselines": baselines})
+        return read(html).all("div", class_="warning")
+
+    (warned,) = said(ours + 0.101)
+    assert f"farther apart than those of this run (silhouette {ours + 0.101:.3f} aga" in warned
+    assert re.findall(r"--config[\w.]+=\w+", warned) == ([setting] if setting else [])
+    assert said(ours + 0.099) == said(None) == []
+
+
+def test_the_terminal_calls_baselines_as_the_page_does(tmp_path):
+    dataset, found = images()
+    _, summary = make(dataset, found, 4)
+    for shape, inputs in (((8, 8, 1), "pixels"), ((64,), "inputs")):
+        summary["data"]["shape"] = shape
+        head, ours, kmeans, *_ = results.describe(summary, tmp_path).splitlines()
+        assert kmeans.startswith(f"k-means on the {inputs} ")
+        acc = [summary["scores"]["acc"], summary["baselines"]["kmeans_pixels"]["scores"]["acc"]]
+        assert [line[head.index("acc") - 2 :][:5] for line in (ours, kmeans)] == [
+            f"{value:.3f}" for value in acc
+        ]
 
 
 # -- odd data ---------------------------------------------------------------------------------
@@ -354,7 +412,20 @@ def test_vectors_show_features_and_no_pictures(labelled):
     assert not [tag for tag, _ in reader.elements if tag == "img"]
     card = reader.all("article")[1]
     assert "differs most in" in card and "column 5" in card
+    dataset = dataclasses.replace(dataset, columns=tuple(f"<gene {j}>" for j in range(12)))
+    card = read(make(dataset, found, 3)[0]).all("article")[1]
+    assert "<gene 5>" in card and "column" not in card.replace("of the column", "")
     assert "k-means on the inputs" in " ".join(reader.all("th"))
+
+
+def test_rows_of_a_table_go_by_their_names_which_may_be_whole_texts():
+    x = np.random.default_rng(0).normal(size=(60, 12)).astype(np.float32)
+    names = [f"<cell {i}>" for i in range(59)] + ["begins " + "x" * 10_000 + " ends"]
+    html, _ = make(data.from_arrays(x, paths=names), np.arange(60) % 3, 3)
+    card = read(html).all("article")[1]
+    assert "Prototypes: <cell " in card and "row " not in card
+    cut = f"begins {'x' * 72}…{'x' * 75} ends"
+    assert cut in html and len(cut) == 160 and "x" * 80 not in html
 
 
 @pytest.mark.parametrize("shape", [(28, 28, 1), (120, 90, 3)], ids=str)

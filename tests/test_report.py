@@ -14,6 +14,7 @@ from sklearn.datasets import load_digits
 
 from dec_diffusion import report
 from dec_diffusion.metrics import contingency
+from dec_diffusion.report import style, tables
 from dec_diffusion.types import InputError
 
 Path = pathlib.Path
@@ -323,6 +324,31 @@ def test_centres_draw(tmp_path: Path, n: int, d: int, k: int) -> None:
     labels = rng.integers(0, max(1, k - 1), n)
     report.centres(tmp_path / "a.png", x, labels, num_clusters=k)
     assert max(read(tmp_path / "a.png").shape) < 6000
+
+
+def test_centres_name_the_features_and_tell_long_names_apart(tmp_path: Path, monkeypatch) -> None:
+    drawn = []
+    monkeypatch.setattr(tables, "save", lambda figure, path, dpi: drawn.append(figure))
+    x, labels = np.random.default_rng(0).normal(size=(20, 4)), np.arange(20) % 2
+    # The last two begin alike; a formula between dollars would be one that cannot be drawn.
+    names = ["mass", r"$\oops$", "expression of gene A", "expression of gene B"]
+    report.centres(tmp_path / "a.png", x, labels, num_clusters=2, feature_names=names)
+    shown = [label.get_text() for label in drawn[0].axes[0].get_xticklabels()]
+    assert shown == ["mass", r"$\oops$", "expressi…of gene A", "expressi…of gene B"]
+    drawn[0].canvas.draw()
+
+
+@pytest.mark.parametrize(
+    ("names", "expected"),
+    [
+        (["short", "a name of nineteen."], ["short", "a name of ninetee…"]),
+        (["x" * 20 + "1", "x" * 20 + "2"], ["xxxxxxxx…xxxxxxxx1", "xxxxxxxx…xxxxxxxx2"]),
+        (["x" * 20 + c + "y" * 20 for c in "ab"], ["x" * 16 + "…0", "x" * 16 + "…1"]),
+        (["x" * 20, "x" * 20], ["x" * 17 + "…"] * 2),
+    ],
+)
+def test_names_that_are_cut_stay_different(names, expected) -> None:
+    assert style.short_names(names) == expected
 
 
 # -- conduct ----------------------------------------------------------------------------------

@@ -28,7 +28,8 @@ class Dataset:
       examples: uint8 or float32; images [n, h, w, c] or vectors [n, d]. ``Shards`` where they are
         in several files.
       labels: int64 or str [n], or None. For scoring only.
-      paths: One path per example where each came from its own file, else None.
+      paths: What each example is called where it has a name, else None: the path of its own file,
+        or the text in the first column of a table.
       offset: float32 scalar for images, [d] for vectors.
       scale: The same shape, positive; ``(examples - offset) / scale`` is what networks see.
       rows: int64 [n], each example's row in the source, which differs from 0..n-1 under a limit.

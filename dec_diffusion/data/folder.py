@@ -3,6 +3,9 @@
 Headers are read first: they decide the common size. Then every file is decoded, turned upright,
 put on white where it is transparent, and scaled so that it just covers the common size; what
 sticks out on two sides is cut off (``decode``). Large results are kept on disk (``cache``).
+
+Notes, tables and the like that lie beside the images are told by their names and left out with a
+warning; any other file that is no image is refused, or left out too where the config says so.
 """
 
 import io
@@ -36,6 +39,8 @@ _SMALL = 2**16  # bytes below which a file is read whole when it is looked at
 _REMEMBERED = 2**28  # bytes of such files that are remembered until they are decoded
 _NAMED = 5  # files that a warning names
 _IGNORED = {"thumbs.db", "desktop.ini", "__macosx"}  # what operating systems leave in folders
+_OTHERS = (".txt", ".json", ".csv", ".xml", ".xmp", ".md", ".html", ".pdf", ".db", ".ini", ".log")
+_OTHERS += (".py",)  # endings of what plainly is no image
 _QUIET_SECONDS = 3.0  # reading that is over by then needs no progress
 _LIVE_SECONDS = 0.2  # between two states of a live line
 
@@ -90,7 +95,7 @@ def read_folder(
             f"--config.data.split={config.split}: a folder of images has no splits; point"
             " --config.data.path at the subfolder, with --config.data.split=all"
         )
-    files = find_files(folder)
+    files = _without_others(folder, find_files(folder))
 
     def batches() -> Iterator[Sequence[Encoded]]:
         # Without a buffer, as most are read by one call.
@@ -243,6 +248,28 @@ def find_files(folder: Path) -> list[str]:
     # Strings, as making and comparing paths takes longer than reading headers.
     start = len(os.path.join(folder, ""))
     return sorted(files, key=lambda file: file[start:].split(os.sep))
+
+
+def _without_others(folder: Path, files: Sequence[str]) -> list[str]:
+    """The files but for those whose ending is plainly not that of an image, which are warned of.
+
+    Raises:
+      InputError: nothing is left.
+    """
+    others = [file for file in files if file.lower().endswith(_OTHERS)]
+    count = f"{len(others)} file{'' if len(others) == 1 else 's'}"
+    if len(others) == len(files):
+        raise InputError(
+            f"--config.data.path={folder}: holds no images, only {count} such as {others[0]}; give"
+            " a folder of images, or the file of the data itself"
+        )
+    if others:
+        warnings.warn(
+            f"{folder}: left out {count} with endings that images do not have, the first"
+            f" {others[0]}",
+            stacklevel=3,
+        )
+    return [file for file in files if not file.lower().endswith(_OTHERS)]
 
 
 def _unreadable(error: OSError) -> None:

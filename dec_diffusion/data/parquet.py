@@ -252,6 +252,7 @@ def _table(config: DataConfig, path: Path, paths: Sequence[Path], files: Sequenc
     texts = {i: _kind(kind) for i, kind in kinds.items() if not _is_number(kind)}
     columns = choose_columns(config, path, names, texts)
     examples = _features(paths, files, names, columns)
+    identifiers = None
     if columns.identifier is not None:
         name, values = names[columns.identifier], []
         for file in files:
@@ -262,6 +263,7 @@ def _table(config: DataConfig, path: Path, paths: Sequence[Path], files: Sequenc
                 f" row to row, so it does not name the rows; leave it out with"
                 f" --config.data.drop={name}"
             )
+        identifiers = values
     labels = None
     if columns.label is not None:
         labels = _labels(paths, files, names[columns.label])
@@ -272,6 +274,7 @@ def _table(config: DataConfig, path: Path, paths: Sequence[Path], files: Sequenc
         name=_name(path),
         source=str(path),
         limit=config.limit,
+        paths=identifiers,
         columns=[names[i] for i in columns.features],
     )
 

@@ -1,8 +1,8 @@
 """Tables of numbers: text files with a delimiter, and the choice of columns of any table.
 
 Every column of numbers is a feature, but for the label and the columns to drop. The first column
-may be text that names each row, all different; it is left out. Any other text is refused, because
-numbers made of it would mean nothing.
+may be text that names each row, all different; it is no feature, and the examples go by it. Any
+other text is refused, because numbers made of it would mean nothing.
 """
 
 import contextlib
@@ -86,7 +86,7 @@ def read_csv(config: DataConfig) -> Dataset:
         texts = {i: f"'{field}'" for i, field in enumerate(data) if not _is_number(field)}
         columns = choose_columns(config, path, names, texts)
         rest = itertools.chain(head[1:] if has_header else head, rows)
-        examples, labels = _read_rows(path, names, columns, rest)
+        examples, labels, identifiers = _read_rows(path, names, columns, rest)
     warn_of_counts(path, names, columns, examples)
     name = path.name.removesuffix(".gz").rpartition(".")[0] or path.name
     return from_arrays(
@@ -95,6 +95,7 @@ def read_csv(config: DataConfig) -> Dataset:
         name=name,
         source=str(path),
         limit=config.limit,
+        paths=identifiers,
         columns=[names[i] for i in columns.features] if has_header else None,
     )
 
@@ -149,11 +150,18 @@ def choose_columns(
     wrong = [i for i in kept if i in texts and i != identifier]
     if wrong:
         drop = ",".join([*config.drop, *(names[i] for i in wrong)])
-        some = "" if len(wrong) == 1 else f" (and {len(wrong) - 1} more columns like it)"
+        more, first = len(wrong) - 1, wrong[0]
+        some = f" (and {more} more column{'s' if more > 1 else ''} like it)" if more else ""
+        commas = _decimal_point(texts[first])
+        if more:
+            classes = "if one of them holds the classes, --config.data.label=NAME scores against it"
+        else:
+            classes = f"if it holds the classes, --config.data.label={names[first]} scores against"
+            classes += " them"
         raise InputError(
-            f"{path}: column {names[wrong[0]]} holds {texts[wrong[0]]}, not numbers{some};"
-            f" {_decimal_point(texts[wrong[0]])}leave out such columns with"
-            f" --config.data.drop={drop}"
+            f"{path}: column {names[first]} holds {texts[first]}, not numbers{some}; {commas}leave"
+            f" {'them' if more else 'it'} out with --config.data.drop={drop}"
+            + (f"; {classes}" if label is None and not commas else "")
         )
     features = [i for i in kept if i != identifier]
     if not features:
@@ -250,8 +258,8 @@ def _has_header(path: Path, head: Sequence[_Row]) -> bool:
 
 def _read_rows(
     path: Path, names: Sequence[str], columns: Columns, rows: Iterable[_Row]
-) -> tuple[np.ndarray, np.ndarray | None]:
-    """Features float32 [n, d] and labels int64 or str [n], if there is a label."""
+) -> tuple[np.ndarray, np.ndarray | None, list[str] | None]:
+    """Features float32 [n, d], labels int64 or str [n] and names of rows, where there are any."""
     parts, labels, identifiers = [], [], {}
     rows = iter(rows)
     whole = len(columns.features) == len(names)
@@ -282,7 +290,8 @@ def _read_rows(
         used = [f if whole else [f[i] for i in columns.features] for _, f in chunk]
         parts.append(_numbers(path, [names[i] for i in columns.features], chunk, used))
     examples = np.concatenate(parts)
-    return examples, np.array(_whole(labels)) if columns.label is not None else None
+    found = np.array(_whole(labels)) if columns.label is not None else None
+    return examples, found, list(identifiers) if columns.identifier is not None else None
 
 
 def _numbers(

@@ -28,11 +28,13 @@ from dec_diffusion.page.doubts import notices
 from dec_diffusion.page.embed import sprite
 from dec_diffusion.page.markup import escape
 from dec_diffusion.page.settings import command
+from dec_diffusion.page.words import baseline_name
 
 __all__ = [
     "MAX_BYTES",
     "MAX_CARDS",
     "PAGE",
+    "baseline_name",
     "build",
     "command",
     "distinctive",

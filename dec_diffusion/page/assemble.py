@@ -86,7 +86,7 @@ def build(
 ) -> Html:
     """The page as a text; ``pictures`` are PNG files by name, the rest as in `write`."""
     things = "images" if dataset.is_image else "examples"
-    warned = notices(summary, assignment)
+    warned = notices(summary, assignment, config)
     sections = {
         "This run and honest baselines": comparison(summary, dataset.is_image),
         "What to look at": notice_boxes(warned),

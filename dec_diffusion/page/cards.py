@@ -103,7 +103,8 @@ def _card_of_vectors(
     dataset: Dataset, assignment: Assignment, k: int, certain: np.ndarray, doubtful: np.ndarray
 ) -> list[Html]:
     rows = few_rows(dataset)
-    found = distinctive(dataset.examples[rows], assignment.labels[rows], k)
+    labels = assignment.labels[rows]
+    found = distinctive(dataset.examples[rows], labels, k, names=dataset.columns)
     reach = max((abs(f.difference) for f in found), default=1.0)
     rows = [
         tag(
@@ -150,7 +151,12 @@ def _strip(title: str, pictures: Sequence[Shown], shape: tuple[int, ...]) -> Htm
 
 
 def distinctive(
-    x: np.ndarray, labels: np.ndarray, cluster: int, *, most: int = _FEATURES
+    x: np.ndarray,
+    labels: np.ndarray,
+    cluster: int,
+    *,
+    most: int = _FEATURES,
+    names: Sequence[str] | None = None,
 ) -> list[Feature]:
     """The features in which the mean of a cluster is farthest from that of all other examples.
 
@@ -158,6 +164,7 @@ def distinctive(
         x: [n, d]; ``labels``: int [n].
         cluster: which, with members and not with all of them, or the list is empty.
         most: features to name.
+        names: of the features, [d]; by default their numbers.
     """
     member = labels == cluster
     if not 0 < member.sum() < len(member):
@@ -167,7 +174,12 @@ def distinctive(
     difference = np.divide(inside - outside, spread, out=np.zeros_like(spread), where=spread > 0)
     order = np.argsort(-np.abs(difference), kind="stable")[:most]
     return [
-        Feature(f"column {j}", float(inside[j]), float(outside[j]), float(difference[j]))
+        Feature(
+            f"column {j}" if names is None else names[int(j)],
+            float(inside[j]),
+            float(outside[j]),
+            float(difference[j]),
+        )
         for j in order
         if difference[j]
     ]

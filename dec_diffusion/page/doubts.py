@@ -3,11 +3,14 @@
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
+from dec_diffusion.config import Config
 from dec_diffusion.evaluate import Assignment
 from dec_diffusion.page.markup import Html, tag
-from dec_diffusion.page.words import baseline_name
+from dec_diffusion.page.words import baseline_name, wanted
 
 _UNSURE = 0.7
+_FARTHER = 0.1  # silhouette; that of healthy runs is within .03 of k-means' in the same space
+_BETTER = 0.02  # of NMI, from which on a baseline is not as good but better
 
 
 class Notice(NamedTuple):
@@ -17,8 +20,16 @@ class Notice(NamedTuple):
     remedy: str
 
 
-def notices(summary: Mapping[str, Any], assignment: Assignment) -> list[Notice]:
-    """What in a result deserves doubt, in words, each with its remedy."""
+def notices(
+    summary: Mapping[str, Any], assignment: Assignment, config: Config | None = None
+) -> list[Notice]:
+    """What in a result deserves doubt, in words, each with its remedy.
+
+    Args:
+        summary: of the run.
+        assignment: of its examples.
+        config: of the run; with it a remedy can name settings of its method.
+    """
     rows, asked = summary["clusters"]["report"], summary["clusters"]["asked"]
     fewer = "ask for fewer with --config.method.num_clusters"
     empty = [r["cluster"] for r in rows if not r["size"]]
@@ -26,7 +37,7 @@ def notices(summary: Mapping[str, Any], assignment: Assignment) -> list[Notice]:
     huge = [r for r in rows if r["share"] > min(0.9, max(0.5, 3 / asked))]
     found = []
     if empty:
-        what = f"{_named(empty)} {_are(empty)} empty: {asked} were asked for, "
+        what = f"{_named(empty)} {_are(empty)} empty: {asked} were {wanted(summary)}, "
         what += f"{asked - len(empty)} found."
         found.append(Notice(what, f"{fewer}, train longer, or try another --config.seed."))
     if tiny:
@@ -53,11 +64,33 @@ def notices(summary: Mapping[str, Any], assignment: Assignment) -> list[Notice]:
         remedy = "look at the heat-map below; widen the search with "
         remedy += "--config.method.largest_timestep."
         found.append(Notice(what, remedy))
-    return found + _beaten(summary)
+    return found + _torn(summary, config) + _beaten(summary)
+
+
+def _torn(summary: Mapping[str, Any], config: Config | None) -> list[Notice]:
+    """Says so when k-means finds groups in the learned features that lie much farther apart.
+
+    Both silhouettes are of the same points, so they compare; no labels are needed. Methods that
+    prefer groups of equal size tear large ones apart where the groups have other sizes.
+    """
+    theirs = summary["baselines"].get("kmeans_latents", {}).get("scores", {}).get("silhouette")
+    ours = summary["scores"].get("silhouette")
+    if ours is None or theirs is None or theirs - ours < _FARTHER:
+        return []
+    what = "K-means on the learned features finds groups that lie farther apart than those of this "
+    what += f"run (silhouette {theirs:.3f} against {ours:.3f})."
+    remedy = "the clusters may not be the groups that the features show, as where groups of "
+    remedy += "different sizes are made equal: compare the sizes with what you expect"
+    settings: Any = None if config is None else config.method
+    if getattr(settings, "prior", "") == "uniform":
+        remedy += ", and try --config.method.prior=learned, which lets them differ"
+    elif getattr(settings, "balance_iterations", 0):
+        remedy += ", and try --config.method.balance_iterations=0, which lets them differ"
+    return [Notice(what, f"{remedy}.")]
 
 
 def _beaten(summary: Mapping[str, Any]) -> list[Notice]:
-    """Says so when something shallow is as good; without labels nothing can say it."""
+    """Says so when something shallow is as good or better; without labels nothing can say it."""
     ours = summary["scores"].get("nmi")
     shallow = {n: b["scores"].get("nmi") for n, b in summary["baselines"].items() if "pixels" in n}
     better = {n: v for n, v in shallow.items() if ours is not None and v is not None and v >= ours}
@@ -65,7 +98,8 @@ def _beaten(summary: Mapping[str, Any]) -> list[Notice]:
         return []
     best = max(better, key=lambda n: better[n])
     is_image = len(summary["data"]["shape"]) == 3
-    what = f"{baseline_name(best, is_image)} is as good as this run "
+    how = "better than" if better[best] - ours >= _BETTER else "as good as"
+    what = f"{baseline_name(best, is_image)} is {how} this run "
     what += f"(NMI {better[best]:.3f} against {ours:.3f})."
     remedy = "use the simple method here, train longer, or try another method."
     return [Notice(what[0].upper() + what[1:], remedy)]

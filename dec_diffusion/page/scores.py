@@ -9,7 +9,7 @@ from dec_diffusion import metrics
 from dec_diffusion.config import Config
 from dec_diffusion.page.embed import figure
 from dec_diffusion.page.markup import Html, scroll, table, tag
-from dec_diffusion.page.words import baseline_name, method_name, number
+from dec_diffusion.page.words import baseline_name, method_name, number, wanted
 
 _MAX_TABLE = 30  # rows or columns of a confusion matrix that is a table and not a picture
 _SCORES = {
@@ -34,7 +34,7 @@ def heading(summary: Mapping[str, Any], config: Config, things: str) -> Iterable
     yield tag("h1", f"{method_name(config)} on {data['name']}")
     shape = " x ".join(map(str, data["shape"]))
     kind = f"{things} of {shape}" if len(data["shape"]) == 3 else f"{things} with {shape} features"
-    line = f"{data['examples']:,} {kind}. {clusters['asked']} clusters asked for, "
+    line = f"{data['examples']:,} {kind}. {clusters['asked']} clusters {wanted(summary)}, "
     yield tag("p", f"{line}{clusters['found']} found.", class_="lead")
     yield tag("ul", *(tag("li", sentence) for sentence in _in_words(scores, things)))
 

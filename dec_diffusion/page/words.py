@@ -1,5 +1,6 @@
 """What several sections call a method, a baseline or an example, and how they write a number."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -17,6 +18,7 @@ _BASELINES = {
     "kmeans_at_cell": "k-means on the features found by the search, before fine-tuning",
     "graph_at_timestep": "communities of the neighbour graph of all layers, before fine-tuning",
 }
+_LONGEST_NAME = 160
 
 
 def number(value: Any, name: str) -> str:
@@ -42,6 +44,17 @@ def baseline_name(name: str, is_image: bool) -> str:
     return known.format(inputs=inputs, examples=examples)
 
 
+def wanted(summary: Mapping[str, Any]) -> str:
+    """Where the number of clusters comes from: "asked for", or "chosen" by the run itself."""
+    return "chosen" if "num_clusters" in summary else "asked for"
+
+
 def example_name(dataset: Dataset, i: int) -> str:
-    """Example ``i``: its file, or its row in the source."""
-    return dataset.paths[i] if dataset.paths else f"row {dataset.rows[i]}"
+    """Example ``i``: its file or its name in a table, or its row in the source.
+
+    The middle of a long one is cut: the first column of a table may hold whole texts, and a page
+    shows thousands of names.
+    """
+    name = dataset.paths[i] if dataset.paths else f"row {dataset.rows[i]}"
+    half = _LONGEST_NAME // 2
+    return name if len(name) <= _LONGEST_NAME else f"{name[: half - 1]}…{name[-half:]}"

@@ -2,6 +2,7 @@
 
 import colorsys
 import io
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -101,6 +102,19 @@ def title_style(size: float = 11.5) -> dict[str, Any]:
 def short(text: str, most: int = 18) -> str:
     """The text, cut to at most so many characters."""
     return text if len(text) <= most else text[: most - 1] + "…"
+
+
+def short_names(names: Sequence[str], most: int = 18) -> list[str]:
+    """Names cut to at most so many characters, with different ones still different."""
+    many = len(set(names))
+    cut = [short(name, most) for name in names]
+    if len(set(cut)) < many:  # what begins alike may end differently
+        half = (most - 1) // 2
+        cut = [n if len(n) <= most else f"{n[:half]}…{n[half + 1 - most :]}" for n in names]
+    if len(set(cut)) < many:
+        marks = [f"…{j}" if len(name) > most else "" for j, name in enumerate(names)]
+        cut = [name[: most - len(mark)] + mark for name, mark in zip(names, marks, strict=True)]
+    return cut
 
 
 def darker(colour: str) -> str:

@@ -16,7 +16,7 @@ from dec_diffusion.report.style import (
     darker,
     new_figure,
     save,
-    short,
+    short_names,
     title_style,
 )
 from dec_diffusion.types import InputError
@@ -56,8 +56,8 @@ def confusion(path: Any, table: ArrayLike, classes: ArrayLike, clusters: ArrayLi
     side = float(np.clip(16 / max(counts.shape), 0.1, 0.46))
     figure, ax = _heat(
         share,
-        [short(str(c)) for c in rows],
-        [short(str(columns[k])) for k in order],
+        short_names([str(c) for c in rows]),
+        short_names([str(columns[k]) for k in order]),
         "Blues",
         (0.0, float(share.max()) or 1.0),
         cell=(side, side),
@@ -124,7 +124,7 @@ def centres(
     figure, ax = _heat(
         means,
         [f"cluster {k} · " + (f"{sizes[k]:,}" if sizes[k] else "empty") for k in range(rows)],
-        [short(str(name)) for name in names],
+        short_names([str(name) for name in names]),
         "RdBu_r",
         (-reach, reach),
         cell=(min(0.36, 20 / rows), float(np.clip(12 / len(columns), 0.18, 0.5))),
@@ -175,8 +175,11 @@ def _heat(
         aspect="auto",
         interpolation="nearest",
     )
-    ax.set_yticks(range(0, r, every_row), rows[::every_row])
-    ax.set_xticks(range(0, c, every_column), columns[::every_column], rotation=90 * upright)
+    # Names are a user's: a dollar sign in them begins no formula.
+    plain: dict[str, Any] = {"parse_math": False}
+    ax.set_yticks(range(0, r, every_row), rows[::every_row], **plain)
+    upright_by = 90 * upright
+    ax.set_xticks(range(0, c, every_column), columns[::every_column], rotation=upright_by, **plain)
     ax.tick_params(labelsize=9.5, labelcolor=INK, length=0)
     ax.set_ylabel(axis_names[0], fontsize=10.5, color=INK)
     ax.set_xlabel(axis_names[1], fontsize=10.5, color=INK)
