@@ -4,7 +4,8 @@
 (2)  averaged over fixed draws of eps, in antithetic pairs (eps, -eps) that cancel the first order
      of the noise; the same draws for every example, layer and timestep, so that differences
      between cells, and between examples, are not those of the noise
-(3)  a map of more than 4 x 4 is averaged to 4 x 4 and flattened: where something is matters
+(3)  a map is averaged to at most 4 x 4, either side by itself, and flattened: where something is
+     matters
 
 Sources: (1) Ho et al. 2020; that a global average instead of (3) can hide all groups was measured
 for this package (docs/diec.md), as (2) was.
@@ -106,8 +107,9 @@ def pooled(h: Float[Array, "b ..."], pool: Pool) -> Float[Array, "b d"]:
         return h
     if pool == "average":
         return h.mean((1, 2))
-    factors = [-(-size // _POOLED) for size in h.shape[1:3]]
-    h = average_pool(pad_to_multiple(h, max(factors)), max(factors))
+    # For either side its own: of a long map, one for both would leave little of the short side.
+    factors = -(-h.shape[1] // _POOLED), -(-h.shape[2] // _POOLED)
+    h = average_pool(pad_to_multiple(h, factors), factors)
     return h.reshape(h.shape[0], -1)
 
 
@@ -156,7 +158,8 @@ def sketches(
     """
     h = halves(f, params, x, timestep).mean(0)
     directions = jax.random.normal(jax.random.key(1), (len(f.layers), f.width, size))
-    return h @ (directions * size**-0.5)
+    # Accelerators multiply float32 matrices in a shorter format unless told otherwise.
+    return jnp.matmul(h, directions * size**-0.5, precision="highest")
 
 
 def in_blocks(
@@ -199,7 +202,7 @@ def imported(architecture: Mapping[str, Any], spec: DataSpec) -> Denoiser:
     """An imported network as a function of the log-SNR.
 
     Raises:
-        InputError: it cannot take examples of this shape.
+        InputError: it cannot take examples of this shape, or was trained on others than [-1, 1].
     """
     channels, levels = architecture["in_channels"], len(architecture["down_block_types"])
     sizes, multiple = spec.shape[:-1], 2 ** (levels - 1)
@@ -208,6 +211,12 @@ def imported(architecture: Mapping[str, Any], spec: DataSpec) -> Denoiser:
             f"--config.pretrained: takes images of {channels} channels and sides that are "
             f"multiples of {multiple}, these have shape {spec.shape}; --config.data.size resizes "
             "folders of images"
+        )
+    if architecture["center_input_sample"]:
+        # Noise was then added to images of half the contrast: other levels, another mean.
+        raise InputError(
+            "--config.pretrained: was trained on images in [0, 1] (center_input_sample), which is "
+            "not supported; choose a model of images in [-1, 1], as most are"
         )
     network = diffusers.network(architecture)
     grid = jnp.asarray(diffusers.log_snr_grid(architecture), jnp.float32)

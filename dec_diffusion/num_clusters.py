@@ -146,12 +146,18 @@ def _rivals(
 
 
 def principal_axes(x: np.ndarray, most: int) -> np.ndarray:
-    """The first ``most`` principal components of vectors [n, d]; [n, d] itself if d is no more."""
-    if min(x.shape) <= most:
+    """The first ``most`` principal components of vectors [n, d]; [n, d] itself if d is no more.
+
+    Of no more examples than that, their n - 1, which hold all distances: what comes after takes
+    matrices [d, d].
+    """
+    if x.shape[1] <= most:
         return x - x.mean(0)
     from sklearn.decomposition import PCA
 
-    return PCA(most, svd_solver="randomized", random_state=0).fit_transform(x)
+    few = len(x) <= most
+    pca = PCA(min(most, len(x) - 1), svd_solver="full" if few else "randomized", random_state=0)
+    return pca.fit_transform(x)
 
 
 def shared_neighbours(z: np.ndarray, k: int) -> Graph:

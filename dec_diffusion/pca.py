@@ -3,6 +3,7 @@
 Source: subspace iteration after Halko et al. 2011, "Finding structure with randomness".
 """
 
+import functools
 from typing import Any
 
 import jax
@@ -10,6 +11,8 @@ import jax.numpy as jnp
 
 from dec_diffusion.types import Array, Float, PRNGKeyArray, pytree
 
+# Accelerators multiply float32 matrices in a shorter format unless told otherwise.
+_matmul = functools.partial(jnp.matmul, precision="highest")
 _OVERSAMPLE = 8  # axes of the random subspace beyond those asked for
 
 
@@ -37,15 +40,15 @@ def principal(
     size = min(width, dims + _OVERSAMPLE)
 
     def power(_: Any, basis: Array) -> Array:
-        return jnp.linalg.qr(centred.T @ (centred @ basis))[0]
+        return jnp.linalg.qr(_matmul(centred.T, _matmul(centred, basis)))[0]
 
     start = jnp.linalg.qr(jax.random.normal(key, (width, size), x.dtype))[0]
     basis = jax.lax.fori_loop(0, iterations, power, start)
-    inside = centred @ basis
-    variance, turn = jnp.linalg.eigh(inside.T @ inside / m)
+    inside = _matmul(centred, basis)
+    variance, turn = jnp.linalg.eigh(_matmul(inside.T, inside) / m)
     # The mean is rounded, so that even constants seem to vary.
     some = variance > jnp.square(8 * jnp.finfo(x.dtype).eps * jnp.linalg.norm(mean))
-    axes = jnp.where(some, basis @ turn, 0.0)[:, ::-1]
+    axes = jnp.where(some, _matmul(basis, turn), 0.0)[:, ::-1]
     variance = jnp.where(some, variance, 0.0)[::-1]
     missing = max(0, dims - size)
     return Projection(
@@ -67,7 +70,7 @@ def project(
     projection: Projection, x: Float[Array, "... D"], *, unit: bool = False
 ) -> Float[Array, "... d"]:
     """Coordinates along the axes; with ``unit`` every row is scaled to the length sqrt(d)."""
-    coordinates = (x - projection.mean) @ projection.axes
+    coordinates = _matmul(x - projection.mean, projection.axes)
     return same_length(coordinates) if unit else coordinates
 
 

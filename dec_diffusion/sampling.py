@@ -81,7 +81,7 @@ def ddpm(
     shape: tuple[int, ...],
     *,
     variance: Variance = "posterior",
-    clip: float | None = None,
+    clip: float | Array | None = None,
     dtype: DTypeLike = jnp.float32,
 ) -> Float[Array, "b ..."]:
     """Draw ``shape`` [b, ...] samples by ancestral sampling, equation (1).
@@ -95,7 +95,7 @@ def ddpm(
       shape: batch axis first.
       variance: 'posterior' is exact for data at a single point, 'forward' (the wider; beta_t on
         a full grid, as in the ClusterDDPM code) for data ~ N(0, I); on fine grids they agree.
-      clip: bound x0_hat to ``[-clip, clip]`` before each use.
+      clip: bound x0_hat to ``[-clip, clip]`` before each use; one for all, or one for each value.
       dtype: of the samples, and of the x_t that ``denoise`` sees.
 
     Raises InputError for an unknown ``variance`` or a grid that is not one non-empty axis.
@@ -119,7 +119,7 @@ def ddim(
     shape: tuple[int, ...],
     *,
     eta: float = 0.0,
-    clip: float | None = None,
+    clip: float | Array | None = None,
     dtype: DTypeLike = jnp.float32,
 ) -> Float[Array, "b ..."]:
     """Draw ``shape`` [b, ...] samples by DDIM, equation (2); arguments as for ``ddpm``.
@@ -166,7 +166,7 @@ def _reverse(
     key: PRNGKeyArray,
     shape: tuple[int, ...],
     *,
-    clip: float | None,
+    clip: float | Array | None,
     dtype: DTypeLike,
 ) -> Float[Array, "b ..."]:
     if log_snr_grid.ndim != 1 or log_snr_grid.shape[0] == 0:

@@ -12,8 +12,9 @@ k-means on them, TSS their total sum of squares and lambda the variances of thei
 
 (1) cannot compare layers: it rises as the effective rank falls, whether there are groups or not;
 hence (2), which is 1 without groups, and (3), which needs no scale. Both can favour a cell that
-sees groups of its own; what many cells find, (4), is more likely to be in the data. Cells of an
-effective rank below K / 2 are left out: one odd direction is not K groups.
+sees groups of its own; what many cells find, (4), is more likely to be in the data. Cells whose
+rank (6) is below K / 2 are left out: one odd direction is not K groups. But below half of the
+largest rank of all cells at most: noise has the largest, and would be all that is left of many K.
 
 Sources: (1) Calinski and Harabasz 1974, the score of DiEC's first version (second-hand); (2) to
 (6) are ours, (4) after the consensus of cluster ensembles (Strehl and Ghosh 2002).
@@ -35,7 +36,7 @@ Score = Literal["rank", "corrected", "stability", "consensus", "chi"]
 Strategy = Literal["grid", "golden", "ternary"]
 """``grid`` tries all layers; the others narrow the timestep down for one."""
 
-_MOST = 2**25  # elements of the memberships of all cells: 128 MiB
+_MOST = 2**25  # elements of the memberships of all cells, and of their tables: 128 MiB
 
 
 # -- scores --
@@ -142,15 +143,20 @@ def consensus(cells: Cell, k: int) -> Float[Array, "*c"]:
         others = kept & (jnp.arange(c) != number)
         return jnp.sum(jnp.where(others, values, 0)) / jnp.maximum(others.sum(), 1)
 
-    # Several at a time, for larger products.
-    values = jax.lax.map(with_others, jnp.arange(c), batch_size=16)
+    # Several at a time, for larger products, but no more than their tables leave room for.
+    values = jax.lax.map(with_others, jnp.arange(c), batch_size=_at_once(c, k))
     return values.reshape(cells.chi.shape)
+
+
+def _at_once(c: int, k: int) -> int:
+    """How many of c cells are compared at a time with all others, by tables [c, k, k] each."""
+    return max(1, min(16, _MOST // (c * k * k)))
 
 
 def comparable(cells: Cell, agreed: Float[Array, "*c"], score: Score, k: int) -> Float[Array, "*c"]:
     """The score by which cells are compared, higher is better; minus infinity for those left out.
 
-    Those are the ones of an effective rank (6) below k / 2 or, should that be all of them, those
+    Those are the ones of an effective rank (6) below k / 2 and below half of the largest, and those
     without any variance.
 
     Args:
@@ -187,8 +193,9 @@ def compare(
 
 
 def _kept(cells: Cell, k: int) -> Bool[Array, "*c"]:
-    kept = cells.dimensions >= 0.5 * k
-    return jnp.where(kept.any(), kept, cells.dimensions > 0)
+    rank = cells.dimensions
+    # Of a layer that is not a number nothing is known, but it must not leave out the others.
+    return (rank > 0) & (rank >= 0.5 * jnp.minimum(k, jnp.nanmax(rank)))
 
 
 def _ranks(values: Array) -> Array:

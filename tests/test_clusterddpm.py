@@ -76,6 +76,23 @@ def _rest(mixture):
     return mixture.means, mixture.covariance
 
 
+def test_a_component_of_weight_zero_adds_nothing_to_the_sampled_kl():
+    with jax.enable_x64(True):
+        mixture, mean, variance = problem(k=4)
+        dead = gmm.Mixture(
+            jnp.append(mixture.log_weights, -jnp.inf),
+            jnp.concatenate([mixture.means, mean[:1]]),
+            jnp.concatenate([mixture.covariance, variance[:1]]),
+        )
+
+        def total(mean, mixture):
+            return clusterddpm.sampled_kl(mixture, mean, variance, mean + 0.1).sum()
+
+        both = [jax.value_and_grad(total)(mean, some) for some in (dead, mixture)]
+    for found, expected in zip(*both, strict=True):
+        np.testing.assert_allclose(found, expected, rtol=1e-9)
+
+
 def test_sampled_kl_means_what_its_monte_carlo_does():
     """T2: it is E over z ~ q, c ~ g of log q(z) g_c / (pi_c N_c(z))."""
     with jax.enable_x64(True):
@@ -300,6 +317,26 @@ def test_every_variant_trains_predicts_and_samples(name):
     assert np.isfinite(x).all()
     if len(shape) == 3:
         assert float(jnp.abs(x).max()) <= (3.0 if settings.get("unit_range") else 1.0)
+
+
+def test_noise_predicted_for_vectors_keeps_samples_within_the_data():
+    settings = {**TINY, "prediction": "eps", "uniform_noise": 0.5, "sample_steps": 2}
+    method = ClusterDDPM(**settings).build(DataSpec((3,), 40))
+    x = jnp.asarray(np.random.default_rng(0).normal(size=(40, 3)) * [1, 2, 0], jnp.float32)
+    first, second = (
+        {"image": rows, "index": jnp.arange(20), "weight": jnp.ones(20)}
+        for rows in (x[:20], x[20:])
+    )
+    key, start = jax.random.key(0), jnp.float32(0)
+    params, cluster = jax.jit(method.init)(key, first)
+    # Either phase keeps what it has seen.
+    _, (cluster, _) = jax.jit(method.phases["pretrain"].loss)(params, cluster, first, key, start)
+    np.testing.assert_array_equal(cluster.reach, jnp.abs(x[:20]).max(0))
+    _, (cluster, _) = jax.jit(method.phases["em"].loss)(params, cluster, second, key, start)
+    np.testing.assert_array_equal(cluster.reach, jnp.abs(x).max(0))
+    assert method.sample is not None
+    drawn = jax.jit(method.sample)(params, cluster, key, jnp.full(30, -1))
+    assert (jnp.abs(drawn) <= cluster.reach).all() and float(jnp.abs(drawn).max()) > 0.5
 
 
 def test_pretraining_loss_is_the_weighted_sum_of_its_parts():
@@ -529,6 +566,10 @@ def test_the_first_e_steps_balance_the_components():
         ({"attention": (-1,)}, "attention"),
         ({"anchors": 1}, "anchors=1"),
         ({"scale": 1.5}, "scale=1.5"),
+        ({"reseed_below": 1.0}, "reseed_below=1.0"),
+        ({"adam_b2": 1.0}, "adam_b2=1.0"),
+        # 98% of the weights are those of the last step; 3% with the linear schedule.
+        ({"prediction": "eps", "uniform_noise": 1.0}, "prediction=eps: .* 98% .*=linear"),
     ],
 )
 def test_bad_settings_are_named(settings, named):

@@ -9,12 +9,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dec_diffusion import command, communities, engine, metrics, train, trained
+from dec_diffusion import command, communities, engine, features, metrics, train, trained
 from dec_diffusion.config import Config, TrainConfig
 from dec_diffusion.data import DataConfig
 from dec_diffusion.features import pooled
 from dec_diffusion.method import DataSpec, Pretrained
 from dec_diffusion.methods.diec import DiEC
+from dec_diffusion.networks import diffusers
 from dec_diffusion.options import parse
 from dec_diffusion.targets import target_distribution
 from dec_diffusion.types import InputError
@@ -136,6 +137,9 @@ def fixed(timestep, layer="middle", **changes):
     return dataclasses.replace(TINY, timestep=timestep, layer=layer, **changes)
 
 
+VECTORS = fixed(25, "block_1", prediction="eps")
+
+
 def accuracy(labels):
     return metrics.external_scores(TRUTH, np.asarray(labels, np.int32))["acc"]
 
@@ -155,6 +159,12 @@ def test_pooling_keeps_at_most_four_by_four():
     assert pooled(jnp.zeros((2, 7, 7, 5)), "layout").shape == (2, 4 * 4 * 5)
     assert pooled(jnp.zeros((2, 3, 2, 5)), "layout").shape == (2, 3 * 2 * 5)
     assert pooled(jnp.zeros((2, 9)), "layout").shape == (2, 9)
+    # Either side by itself: no border is repeated where both are multiples of four.
+    for height, width in ((8, 64), (16, 64), (32, 128), (4, 8), (2, 12)):
+        h = jax.random.normal(KEY, (2, height, width, 3))
+        rows = min(height, 4)
+        blocks = h.reshape(2, rows, height // rows, 4, width // 4, 3).mean((2, 4))
+        np.testing.assert_allclose(pooled(h, "layout"), blocks.reshape(2, -1), atol=1e-6)
 
 
 def test_pretraining_learns_to_denoise():
@@ -360,6 +370,50 @@ def test_generated_examples_answer_the_clusters_asked_for():
     assert float(jnp.abs(x[4] - x[5]).max()) > 0
 
 
+def test_generated_examples_are_judged_in_parts(monkeypatch):
+    monkeypatch.setattr("dec_diffusion.sampling._PART", 8)
+    sizes, halves = set(), features.halves
+    monkeypatch.setattr(features, "halves", lambda *a: sizes.add(len(a[2])) or halves(*a))
+    method = VECTORS.build(DataSpec((3,), N, 64, Pretrained({}, None)))
+    params, cluster = jax.jit(method.init)(KEY, {**WHOLE, "image": jnp.zeros((N, 3))})
+    # Any projection, any centres and any bounds will do.
+    axes = jax.random.normal(KEY, cluster.projection.axes.shape)
+    cluster = dataclasses.replace(
+        cluster,
+        projection=dataclasses.replace(cluster.projection, axes=axes),
+        reach=jnp.ones(3),
+    )
+    params = {**params, "centers": jax.random.normal(KEY, params["centers"].shape)}
+    assert method.sample is not None
+    x = jax.jit(method.sample)(params, cluster, KEY, jnp.zeros(9, jnp.int32))
+    assert sizes == {6}  # 18 examples in three parts
+    # The most typical first, as all together say.
+    log_q = jax.jit(method.predict)(params, cluster, {"image": x}, KEY)[:, 0]
+    assert (jnp.diff(log_q) < 1e-4).all() and log_q[0] > log_q[-1]
+
+
+def test_generated_vectors_stay_within_the_data():
+    method = VECTORS.build(DataSpec((3,), N, 64, Pretrained({}, None)))
+    x = jnp.asarray(np.random.default_rng(0).normal(size=(N, 3)) * [1, 2, 0], jnp.float32)
+    params, cluster = jax.jit(method.init)(KEY, {**WHOLE, "image": x})
+    begin = method.phases["cluster"].begin
+    assert begin is not None and method.sample is not None
+
+    @jax.jit
+    def begun(x, weight):
+        found = begin.update(params, cluster, x, weight, KEY, jnp.float32(0))[1]
+        return found.reach, found.snapshot  # so that nothing else is computed
+
+    # Padding is no data.
+    weight = jnp.repeat(jnp.asarray([1.0, 0.0]), N)
+    reach, snapshot = begun(jnp.concatenate([x, x + 100]), weight)
+    np.testing.assert_array_equal(reach, jnp.abs(x).max(0))
+    cluster = dataclasses.replace(cluster, reach=reach)
+    drawn = jax.jit(method.sample)(params, cluster, KEY, jnp.full(30, -1))
+    for some in (drawn, snapshot):
+        assert (jnp.abs(some) <= reach).all() and float(jnp.abs(some).max()) > 0.5
+
+
 # -- settings and starting points --
 
 
@@ -374,6 +428,8 @@ def test_generated_examples_answer_the_clusters_asked_for():
         ({"subset": 4}, "subset"),
         ({"held_out": 1.0}, "held_out"),
         ({"neighbours": N}, "neighbours"),
+        ({"num_clusters": 2**15, "subset": 2**16}, "num_clusters"),
+        ({"adam_b2": 1.0}, "adam_b2"),
         ({"multipliers": ()}, "multipliers"),
         ({"pool": "max"}, "pool"),
         ({"attention": (7,)}, "attention"),
@@ -383,6 +439,31 @@ def test_generated_examples_answer_the_clusters_asked_for():
 def test_bad_settings_are_refused(changes, named):
     with pytest.raises(InputError, match=rf"--config\.method\.{named}="):
         build(dataclasses.replace(TINY, **changes))
+
+
+def imported(**changes):
+    """An architecture as a folder of diffusers has it, and data that suit it."""
+    architecture = diffusers.read(FIXTURES / "plain").architecture | changes
+    shape = (8, 8, architecture["in_channels"])
+    return DataSpec(shape, N, 64, Pretrained({}, architecture))
+
+
+def test_the_steps_of_an_imported_denoiser_are_those_of_its_own_schedule():
+    pytest.importorskip("safetensors")
+    spec = imported()
+    assert spec.pretrained is not None and spec.pretrained.architecture is not None
+    last = spec.pretrained.architecture["scheduler"]["num_train_timesteps"] - 1
+    # What the settings say of a schedule of their own does not count.
+    settings = fixed(last, num_steps=2, sample_steps=2)
+    settings.build(spec)
+    with pytest.raises(InputError, match=rf"method\.timestep={last + 1}: .* is {last};"):
+        dataclasses.replace(settings, timestep=last + 1).build(spec)
+
+
+def test_a_denoiser_of_images_in_another_range_is_refused():
+    pytest.importorskip("safetensors")
+    with pytest.raises(InputError, match=r"--config\.pretrained: .* \(center_input_sample\)"):
+        TINY.build(imported(center_input_sample=True))
 
 
 @pytest.mark.slow

@@ -8,6 +8,7 @@ import pathlib
 import numpy as np
 import pytest
 from scipy import sparse
+from scipy.spatial.distance import pdist
 from sklearn.datasets import load_digits
 
 import dec_diffusion
@@ -146,6 +147,19 @@ def test_one_group_is_said_to_be_one():
 )
 def test_few_examples_or_few_distinct_ones(x):
     assert num_clusters.choose(x).chosen == 2
+
+
+def test_few_examples_of_many_values_lose_nothing_by_their_axes(monkeypatch):
+    rng = np.random.default_rng(0)
+    x = 4 * rng.standard_normal((3, 400))[np.repeat([0, 1, 2], 15)] + rng.standard_normal((45, 400))
+    z = num_clusters.principal_axes(x, num_clusters.AXES)
+    assert z.shape == (45, 44)
+    np.testing.assert_allclose(pdist(z), pdist(x), rtol=1e-9)
+    short = num_clusters.choose(x)
+    monkeypatch.setattr(num_clusters, "principal_axes", lambda x, most: x - x.mean(0))
+    whole = num_clusters.choose(x)
+    assert short.chosen == whole.chosen == 3 and short.clusters == whole.clusters
+    np.testing.assert_allclose(short.valleys, whole.valleys, atol=1e-4)
 
 
 def test_other_thresholds_give_what_is_said(monkeypatch):

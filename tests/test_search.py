@@ -149,6 +149,19 @@ def test_principal_axes_equal_scikit_learn(m, width, dims, decay, tolerance):
     np.testing.assert_allclose(at.T @ at / m, np.diag(found.variance), atol=1e-4 * scale)
 
 
+def test_projections_are_multiplied_in_full_precision():
+    """Accelerators would keep 10 of 24 bits of float32, which CPUs cannot show."""
+
+    def both(x):
+        found = pca.whiten(pca.principal(KEY, x, DIMS))
+        return pca.project(found, x)
+
+    jaxpr = str(jax.make_jaxpr(both)(jnp.zeros((M, 3 * D))))
+    # Twice in a power iteration; inside the subspace; its moments; its axes; the coordinates.
+    assert jaxpr.count("dot_general[") == 6
+    assert jaxpr.count("precision=(Precision.HIGHEST, Precision.HIGHEST)") == 6
+
+
 def test_constant_features_have_no_variance():
     x = np.broadcast_to(gaussian(0, (D,)), (5000, D)).copy()
     found = principal(KEY, x, DIMS)
@@ -294,12 +307,29 @@ def test_rank_adds_the_ranks_of_corrected_score_stability_and_consensus():
 
 
 @pytest.mark.parametrize("score", ["corrected", "stability", "chi"])
-def test_cells_of_low_effective_rank_are_left_out_unless_all_are(score):
+@pytest.mark.parametrize(
+    ("ranks", "k", "kept"),
+    [
+        ([4.9, 5, 10, 1, 5, 4], 10, [0, 1, 1, 0, 1, 0]),  # half of K
+        ([2.9, 3, 6, 1, 5, 4], 100, [0, 1, 1, 0, 1, 1]),  # half of the largest, however many K
+        ([4.9] * 6, 10, [1] * 6),
+        ([0, 4, np.nan, 1, 5, 4], 10, [0, 1, 0, 0, 1, 1]),
+        ([0] * 6, 10, [0] * 6),
+    ],
+)
+def test_cells_of_low_effective_rank_are_left_out(score, ranks, k, kept):
     everything = compared(cells([5] * 6), score, 10)
-    some = compared(cells([4.9, 5, 9, 1, 5, 4]), score, 10)
-    kept = np.array([[False, True], [True, False], [True, False]])
-    np.testing.assert_array_equal(some, np.where(kept, everything, -np.inf))
-    np.testing.assert_array_equal(compared(cells([4.9] * 6), score, 10), everything)
+    expected = np.where(np.reshape(kept, (3, 2)), everything, -np.inf)
+    np.testing.assert_array_equal(compared(cells(ranks), score, k), expected)
+
+
+def test_consensus_of_many_clusters_fits_into_memory():
+    score, labels = jnp.zeros(189), jnp.zeros((189, 50), jnp.int16)
+    some = search.Cell(score, score, score, score, labels)
+    compiled = jax.jit(lambda v: search.consensus(v, 200)).lower(some).compile()
+    needed = compiled.memory_analysis()
+    # The tables of 16 cells alone are 460 MiB, and there are copies of them.
+    assert needed is not None and needed.temp_size_in_bytes < 2**29
 
 
 # -- searches --

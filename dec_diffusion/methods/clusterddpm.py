@@ -222,10 +222,13 @@ class Clusters:
     Attributes:
         mixture: over the latents.
         start: int32 [n], the groups of the layers' or thumbnails' graph; zeros if there is none.
+        reach: the largest absolute values [d] of the vectors trained on, where the sampler needs
+            to know them, else None.
     """
 
     mixture: Mixture
     start: Table
+    reach: Float[Array, " d"] | None = None
 
 
 class Noise(NamedTuple):
@@ -261,12 +264,16 @@ def sampled_kl(
 
     The official code adds 1e-10 to every density before normalising, which turns a point on its
     own mean into a uniform assignment at 32 dimensions, and exponentiates without a shift, which
-    overflows; log-space responsibilities here are the documented repair of both.
+    overflows; log-space responsibilities here are the documented repair of both. A component of
+    weight 0 adds nothing.
     """
+    # Its logarithm is made finite: minus infinity would meet itself in the difference below.
+    log_weights = jnp.maximum(mixture.log_weights, -1e30)
+    mixture = dataclasses.replace(mixture, log_weights=log_weights)
     log_g, _ = gmm.log_responsibilities(mixture, z)
     g = jnp.exp(log_g)
     kl = gmm.kl_to_components(mixture, mean, variance)
-    return jnp.sum(g * (kl + log_g - mixture.log_weights), axis=-1)
+    return jnp.sum(g * (kl + log_g - log_weights), axis=-1)
 
 
 def kl_scale(s: ClusterDDPM, grid: Schedule, noise: Noise) -> float:
@@ -325,7 +332,15 @@ def _method(
         }
         d = s.latent
         mixture = Mixture(jnp.full(k, -jnp.log(k)), jnp.zeros((k, d)), jnp.ones((k, d)))
-        return params, Clusters(mixture, Table(jnp.zeros(n, jnp.int32), n))
+        # The noise, on vectors: dividing by a small signal sends samples far from the data.
+        reach = jnp.zeros(spec.shape) if prediction == "eps" and not spec.is_image else None
+        return params, Clusters(mixture, Table(jnp.zeros(n, jnp.int32), n), reach)
+
+    def met(cluster: Clusters, x: Array) -> Clusters:
+        if cluster.reach is None:
+            return cluster
+        reach = jnp.maximum(cluster.reach, jnp.abs(x).max(0))
+        return dataclasses.replace(cluster, reach=reach)
 
     def encode(params: Params, x: Array) -> tuple[Array, Array]:
         mean, log_variance = encoder.apply(params["encoder"], x)
@@ -376,8 +391,9 @@ def _method(
             kl = 0.5 * jnp.sum(mean**2 + variance - 1.0 - jnp.log(variance), axis=-1).mean()
             return error.mean() + s.pretrain_kl * kl, {"denoising": error.mean(), "kl": kl}
 
-        loss, metrics = means(function, params, draw(batch, key))
-        return loss, (cluster, metrics)
+        drawn = draw(batch, key)
+        loss, metrics = means(function, params, drawn)
+        return loss, (met(cluster, drawn["x"]), metrics)
 
     def em_loss(
         params: Params, cluster: Clusters, batch: Batch, key: PRNGKeyArray, progress: Array
@@ -405,7 +421,7 @@ def _method(
         if s.start == "layers":
             drawn["start"] = cluster.start.take(batch["index"])
         loss, metrics = means(function, params, drawn)
-        return loss, (cluster, metrics | {"kl_weight": weight})
+        return loss, (met(cluster, drawn["x"]), metrics | {"kl_weight": weight})
 
     def collect(params: Params, cluster: Clusters, batch: Batch, key: PRNGKeyArray) -> Any:
         mean, variance = encode(params, ranged(batch))
@@ -525,7 +541,8 @@ def _method(
         groups = jax.tree.map(lambda a, b: jnp.where(better, a, b), outer, inner)
         mixture = of_groups(groups.labels, cluster, latents, weight)
         info = {"modularity": inner.modularity, "modularity_thumbnails": outer.modularity}
-        return params, Clusters(mixture, Table(groups.labels, n)), info
+        start = Table(groups.labels, n)
+        return params, dataclasses.replace(cluster, mixture=mixture, start=start), info
 
     def likeliest(
         params: Params,
@@ -590,7 +607,7 @@ def _method(
         denoise = sampling.guide(estimate(1.0), estimate(0.0), s.sample_guidance)
         levels = _levels(s, grid, noise)
         # The bounds of [-1, 1] also bound [0, 1] well enough for the sampler to stay on the data.
-        clip = 1.0 if spec.is_image else None
+        clip = 1.0 if spec.is_image else cluster.reach
         x = sampling.ddim(denoise, levels, x_key, (b, *spec.shape), clip=clip)
         return 2.0 * x - 1.0 if s.unit_range else x
 
@@ -651,13 +668,15 @@ def _check(s: ClusterDDPM, spec: DataSpec) -> None:
         ("log_snr_std learning_rate clip", lambda v: v > 0, "must be greater than 0"),
         (sizes, lambda v: v >= 0, "must not be negative"),
         (
-            "uniform_noise drop_latent kl_warmup hold ema adam_b2",
+            "uniform_noise drop_latent kl_warmup hold ema",
             lambda v: 0 <= v <= 1,
             "must lie between 0 and 1",
         ),
+        ("adam_b2", lambda v: 0 <= v < 1, "must be at least 0 and below 1"),
         ("weight_prior", lambda v: v >= 1, "must be at least 1"),
         ("anchors", lambda v: v >= 2, "must be at least 2"),
-        ("scale", lambda v: v < 1, "must be below 1"),
+        # Nothing but equal shares is above 1 / K for all, so that all would be split.
+        ("scale reseed_below", lambda v: v < 1, "must be below 1"),
         ("multipliers encoder_multipliers", lambda v: v and min(v) >= 1, "needs a level"),
         ("sample_steps", lambda v: v <= s.num_steps, "must not exceed num_steps"),
     ]
@@ -670,8 +689,24 @@ def _check(s: ClusterDDPM, spec: DataSpec) -> None:
             "--config.method.start=layers: needs a denoiser whose layers can be seen without a "
             f"latent; set --config.method.{remedy}, or --config.method.start=graph"
         )
+    _check_weight(s)
     if s.sample_guidance and not s.drop_latent:
         raise InputError(
             f"--config.method.sample_guidance={s.sample_guidance}: needs a denoiser trained with "
             "--config.method.drop_latent above 0; train one, or set the guidance to 0"
+        )
+
+
+def _check_weight(s: ClusterDDPM) -> None:
+    """Check that the weight of the KL, equation (5), is not that of a single step."""
+    if s.uniform_noise < 1 or s.prediction != "eps" or not s.kl_weight:
+        return
+    weights = schedule.elbo_weights(_schedule(s), prediction=s.prediction)[1:]
+    share = float(weights.max() / weights.sum())
+    if share > 0.5:
+        raise InputError(
+            "--config.method.prediction=eps: with uniform_noise=1 the noisiest step of "
+            f"noise_schedule={s.noise_schedule} has {share:.0%} of the weight of all steps, beside "
+            "which the KL counts for nothing; set --config.method.prediction=v, or "
+            "--config.method.noise_schedule=linear"
         )

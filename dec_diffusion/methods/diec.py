@@ -77,6 +77,7 @@ from dec_diffusion.types import (
 )
 
 _LEARN_START = 0.3  # part of fine-tuning in which the graph's groups are the target
+_MOST_CLUSTERS = 2**15 - 1  # the labels of a search are int16
 _SNAPSHOT = 24  # images generated before fine-tuning, for comparison
 
 
@@ -267,6 +268,7 @@ class Clusters:
             now, a mean over dimensions.
         snapshot: examples generated before fine-tuning.
         map: of the search.
+        reach: the largest absolute values [d] that vectors have, None for images.
     """
 
     layer: Int[Array, ""]
@@ -283,6 +285,7 @@ class Clusters:
     denoising: Float[Array, " 2"]
     snapshot: Float[Array, "m *s"]
     map: SearchMap
+    reach: Float[Array, " d"] | None
 
 
 def _method(s: DiEC, denoiser: Denoiser, spec: DataSpec) -> Method:
@@ -341,6 +344,7 @@ def _method(s: DiEC, denoiser: Denoiser, spec: DataSpec) -> Method:
             map=SearchMap(
                 jnp.zeros(e, jnp.int32), cells, zeros, zeros, jnp.zeros(m, jnp.int32), none
             ),
+            reach=None if spec.is_image else jnp.zeros(spec.shape),
         )
 
     # -- denoising --
@@ -406,7 +410,9 @@ def _method(s: DiEC, denoiser: Denoiser, spec: DataSpec) -> Method:
                 restarts=s.restarts,
             ).labels
             member = jax.nn.one_hot(start, k) * weight[:, None]
-            centers = (member.T @ e) / jnp.maximum(member.sum(0), 1.0)[:, None]
+            sums = jnp.matmul(member.T, e, precision="highest")
+            centers = sums / jnp.maximum(member.sum(0), 1.0)[:, None]
+        reach = None if spec.is_image else jnp.max(jnp.abs(x) * weight[:, None], 0)
         cluster = dataclasses.replace(
             cluster,
             layer=layer,
@@ -416,8 +422,9 @@ def _method(s: DiEC, denoiser: Denoiser, spec: DataSpec) -> Method:
             kmeans=Table(labels, n),
             start=Table(start, n),
             labels=Table(start, n),
-            snapshot=draw(params, sample_key, _SNAPSHOT),
+            snapshot=draw(params, sample_key, _SNAPSHOT, reach),
             map=SearchMap(timesteps, cells, agreed, value, examples, best.astype(jnp.int32)),
+            reach=reach,
         )
         return {**params, "centers": centers}, cluster, {}
 
@@ -580,7 +587,7 @@ def _method(s: DiEC, denoiser: Denoiser, spec: DataSpec) -> Method:
 
     # -- generation --
 
-    def draw(params: Params, key: PRNGKeyArray, count: int) -> Array:
+    def draw(params: Params, key: PRNGKeyArray, count: int, reach: Array | None) -> Array:
         def part(key: PRNGKeyArray, rows: Array) -> Array:
             return sampling.ddim(denoise, levels, key, (rows.shape[0], *spec.shape), clip=clip)
 
@@ -589,7 +596,8 @@ def _method(s: DiEC, denoiser: Denoiser, spec: DataSpec) -> Method:
             return schedule.to_x0(out, x_t, log_snr, prediction=denoiser.prediction)
 
         levels = sampling.subsample(grid, min(s.sample_steps, grid.log_snr.shape[0]))
-        clip = 1.0 if spec.is_image else None
+        # Dividing by a small signal, as for eps, would else send vectors far from all data.
+        clip = 1.0 if reach is None else reach
         return sampling.in_parts(part, key, jnp.arange(count))
 
     def sample(params: Params, cluster: Clusters, key: PRNGKeyArray, component: Array) -> Array:
@@ -599,8 +607,12 @@ def _method(s: DiEC, denoiser: Denoiser, spec: DataSpec) -> Method:
         its own place.
         """
         count = component.shape[0]
-        x = draw(params, key, 2 * count)
-        log_q = assign(params, projected(params, cluster, x))[1]
+        x = draw(params, key, 2 * count, cluster.reach)
+
+        def judge(_: PRNGKeyArray, x: Array) -> Array:
+            return assign(params, projected(params, cluster, x))[1]
+
+        log_q = sampling.in_parts(judge, key, x)
         ranking = jnp.argsort(-log_q, axis=0)
         wanted = jax.nn.one_hot(component, k, dtype=jnp.int32)
         turn = jnp.sum((jnp.cumsum(wanted, 0) - 1) * wanted, -1)
@@ -678,8 +690,13 @@ def _check_fit(s: DiEC, layers: tuple[str, ...], spec: DataSpec) -> None:
 def _timesteps(s: DiEC, grid: Schedule) -> list[int]:
     """Where the search looks first."""
     last = grid.log_snr.shape[0] - 1
+    if s.timestep > last:
+        raise InputError(
+            f"--config.method.timestep={s.timestep}: the last step of the schedule is {last}; "
+            "choose one up to it, or -1 to search"
+        )
     if s.timestep >= 0:
-        return [min(s.timestep, last)]
+        return [s.timestep]
     return sorted({round(t) for t in np.linspace(0, s.largest_timestep * last, s.timesteps)})
 
 
@@ -710,12 +727,14 @@ def _check(s: DiEC) -> None:
         ("pretrain_rate learning_rate clip", lambda v: v > 0, "must be greater than 0"),
         (sizes, lambda v: v >= 0, "must not be negative"),
         ("held_out tolerance", lambda v: 0 <= v < 1, "must be at least 0 and below 1"),
-        ("ema adam_b2 largest_timestep", lambda v: 0 <= v <= 1, "must lie between 0 and 1"),
+        ("adam_b2", lambda v: 0 <= v < 1, "must be at least 0 and below 1"),
+        ("ema largest_timestep", lambda v: 0 <= v <= 1, "must lie between 0 and 1"),
         ("multipliers", lambda v: v and min(v) >= 1, "needs a level"),
         ("alpha", lambda v: v is None or v > 0, "must be greater than 0, or none"),
         ("draws", lambda v: v % 2 == 0, "must be even: noise is drawn in antithetic pairs"),
+        ("num_clusters", lambda v: v <= _MOST_CLUSTERS, f"must not exceed {_MOST_CLUSTERS}"),
         ("subset", lambda v: v > s.num_clusters, "must exceed num_clusters"),
-        ("timestep", lambda v: -1 <= v < s.num_steps, "must be a step of num_steps, or -1"),
+        ("timestep", lambda v: v >= -1, "must be a step of the schedule, or -1"),
         ("sample_steps", lambda v: v <= s.num_steps, "must not exceed num_steps"),
     ]
     check_settings(s, rules)

@@ -255,16 +255,25 @@ def noise_features(log_snr: Float[Array, "b"], dim: int = 32) -> Float[Array, "b
     return jnp.concatenate([jnp.sin(angle), jnp.cos(angle)], axis=-1)
 
 
-def pad_to_multiple(x: Float[Array, "b h w c"], multiple: int) -> Float[Array, "b h2 w2 c"]:
-    """Repeat the border until height and width are multiples of ``multiple``."""
-    pads = [(0, -size % multiple) for size in x.shape[1:3]]
+def pad_to_multiple(
+    x: Float[Array, "b h w c"], multiple: int | tuple[int, int]
+) -> Float[Array, "b h2 w2 c"]:
+    """Repeat the border until the sides are multiples of ``multiple``, one or one for each."""
+    pads = [(0, -size % m) for size, m in zip(x.shape[1:3], _pair(multiple), strict=True)]
     return jnp.pad(x, ((0, 0), *pads, (0, 0)), mode="edge")
 
 
-def average_pool(x: Float[Array, "b h w c"], factor: int) -> Float[Array, "b h2 w2 c"]:
-    """Mean over blocks of ``factor x factor`` pixels; sizes must be multiples of ``factor``."""
+def average_pool(
+    x: Float[Array, "b h w c"], factor: int | tuple[int, int]
+) -> Float[Array, "b h2 w2 c"]:
+    """Mean over blocks of ``factor`` pixels, one or one for each side; it must divide the sizes."""
     b, h, w, c = x.shape
-    return x.reshape(b, h // factor, factor, w // factor, factor, c).mean((2, 4))
+    tall, wide = _pair(factor)
+    return x.reshape(b, h // tall, tall, w // wide, wide, c).mean((2, 4))
+
+
+def _pair(value: int | tuple[int, int]) -> tuple[int, int]:
+    return (value, value) if isinstance(value, int) else value
 
 
 def upsample(x: Float[Array, "b h w c"], factor: int = 2) -> Float[Array, "b h2 w2 c"]:
