@@ -113,7 +113,7 @@ def from_arrays(
     _check_values(examples, rows, source)
     offset, scale = _image_scaling(examples, nominal) if examples.ndim == 4 else _moments(examples)
     if examples.ndim == 2:
-        _warn_of_rounding(offset, scale, columns, source)
+        _warn_of_rounding(np.asarray(offset), np.asarray(scale), columns, source)
     return Dataset(
         name=name,
         examples=examples,
