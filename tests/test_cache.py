@@ -92,15 +92,15 @@ def test_a_changed_file_makes_the_entry_anew_and_removes_the_old_one(tmp_path, f
 
 def test_files_left_out_are_named_again(tmp_path, folder):
     kept = tmp_path / "kept"
-    (folder / "notes.txt").write_text("in spring")
+    (folder / "notes.tif").write_text("in spring")
     cut = (folder / "05.png").read_bytes()
     (folder / "05.png").write_bytes(cut[: len(cut) // 2])
     rows = [i for i in range(20) if i != 5]
-    with pytest.raises(InputError, match=r"notes\.txt"):
+    with pytest.raises(InputError, match=r"notes\.tif"):
         load(folder, kept)
     assert entries(kept) == []
     for _ in range(2):
-        with pytest.warns(UserWarning, match=r"left out 2 of 21 files: .*notes\.txt.*05\.png"):
+        with pytest.warns(UserWarning, match=r"left out 2 of 21 files: .*notes\.tif.*05\.png"):
             found = load(folder, kept, broken="skip")
         assert found.rows.tolist() == rows
         np.testing.assert_array_equal(found.examples[:5, :, :, 0], GREY[:5])
