@@ -29,6 +29,8 @@ import json
 import math
 import os
 import pathlib
+import platform
+import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -124,19 +126,27 @@ class Workdir(NamedTuple):
         """Inside the block no other command trains here; a kill gives the workdir free, too.
 
         Raises:
-            InputError: Another command does.
+            InputError: Another command does, on this machine. Of one on another machine, which
+                may be gone while its file system still holds the lock, only a warning tells.
         """
         if fcntl is None or not _is_writer():
             yield
             return
-        with open(self.path / LOCK, "wb") as file:
+        with open(self.path / LOCK, "a+", encoding="utf-8") as file:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                file.truncate(0)
+                file.write(platform.node())
+                file.flush()
             except BlockingIOError:
-                raise InputError(
-                    f"--workdir={self.path}: another command is training there; let it end, stop "
-                    "it, or give another --workdir"
-                ) from None
+                file.seek(0)
+                holder = file.read()
+                what = f"--workdir={self.path}: another command is training there"
+                if holder in ("", platform.node()):
+                    raise InputError(
+                        f"{what}; let it end, stop it, or give another --workdir"
+                    ) from None
+                warnings.warn(f"{what}, on {holder}, or was when that was lost", stacklevel=3)
             except OSError:  # a file system without locks
                 pass
             yield

@@ -4,6 +4,7 @@ import csv
 import json
 import os
 import pathlib
+import platform
 
 import jax.numpy as jnp
 import numpy as np
@@ -99,6 +100,15 @@ def test_one_command_at_a_time_trains_in_a_workdir(tmp_path):
         pytest.fail("both train")
     with other.locked():
         assert (tmp_path / "run" / "config.json").exists()
+
+
+def test_the_lock_of_another_machine_may_be_one_that_is_gone(tmp_path, monkeypatch):
+    place = open_workdir(tmp_path / "run", {"k": 3})
+    with place.locked():
+        monkeypatch.setattr(platform, "node", lambda: "other")
+        said = pytest.warns(UserWarning, match=r": another command is training there, on .")
+        with said, place.locked():
+            pass
 
 
 def test_a_remote_path_is_refused():
