@@ -32,7 +32,7 @@ import pathlib
 import platform
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TextIO
 
 import jax
 import numpy as np
@@ -88,6 +88,11 @@ def _json_text(obj: Any) -> str:
     return json.dumps(plain(obj), indent=2, allow_nan=False) + "\n"
 
 
+def _read_again(file: TextIO) -> str:
+    file.seek(0)
+    return file.read()
+
+
 def _is_writer() -> bool:
     return jax.process_index() == 0
 
@@ -135,12 +140,12 @@ class Workdir(NamedTuple):
         with open(self.path / LOCK, "a+", encoding="utf-8") as file:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                file.truncate(0)
-                file.write(platform.node())
-                file.flush()
+                if _read_again(file) != platform.node():
+                    file.truncate(0)
+                    file.write(platform.node())
+                    file.flush()
             except BlockingIOError:
-                file.seek(0)
-                holder = file.read()
+                holder = _read_again(file)
                 what = f"--workdir={self.path}: another command is training there"
                 if holder in ("", platform.node()):
                     raise InputError(
