@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import os
 import pathlib
 from types import ModuleType
 
@@ -15,12 +16,14 @@ TINY = (
     " --steps=2 --repeats=2"
 ).split()
 
+# A smoke test wants a program soon, not a fast one: as CI asks for, or at least so.
+QUICK = os.environ.get("XLA_FLAGS") or "--xla_backend_optimization_level=0"
+
 
 @pytest.fixture
 def throughput(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     monkeypatch.syspath_prepend(ROOT)
-    # A smoke test wants a program soon, not a fast one.
-    monkeypatch.setenv("XLA_FLAGS", "--xla_backend_optimization_level=0")
+    monkeypatch.setenv("XLA_FLAGS", QUICK)
     return importlib.import_module("benchmarks.throughput")
 
 
@@ -82,7 +85,7 @@ def test_reading_is_compared_with_pillow(monkeypatch):
 def suite(monkeypatch: pytest.MonkeyPatch, tmp_path: pathlib.Path, parts: str) -> dict:
     """What the command prints of these parts, as small as they come."""
     monkeypatch.syspath_prepend(ROOT)
-    monkeypatch.setenv("XLA_FLAGS", "--xla_backend_optimization_level=0")
+    monkeypatch.setenv("XLA_FLAGS", QUICK)
     main = importlib.import_module("benchmarks.__main__").main
     output = tmp_path / "suite.json"
     options = ["--tiny", "--skip-torch", "--repeats=1", "--device=cpu", f"--output={output}"]
