@@ -107,8 +107,8 @@ class Assigned(NamedTuple):
         cluster: int32 [n].
         probability: float32 [n], of that cluster.
         entropy: float32 [n], of the probabilities of all clusters, in nats.
-        prototype: [n], the closest prototype of that cluster: its file, or else its row in the
-            training data; "" where there is none.
+        prototype: [n], the closest prototype of that cluster: its file, its name in a table, or
+            else its row in the training data; "" where there is none.
     """
 
     cluster: np.ndarray
@@ -212,7 +212,8 @@ class Workdir(NamedTuple):
 
         Args:
             index: The rows of the data set, [n].
-            path: The file each row came from, "" where there is none, [n].
+            path: The file each row came from or its name in a table, "" where there is neither,
+                [n].
             assigned: The other columns; numbers are written with just the digits that their dtype
                 needs.
         """

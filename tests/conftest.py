@@ -16,6 +16,12 @@ ROOT = pathlib.Path(__file__).resolve().parents[1]
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(ROOT / ".cache" / "jax"))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The longest tests, those with a timeout of their own, first: none waits for them alone."""
+    items.sort(key=lambda item: item.get_closest_marker("timeout") is None)
+
+
 RunPython = Callable[..., "subprocess.CompletedProcess[str]"]
 StartPython = Callable[..., "subprocess.Popen[str]"]
 

@@ -4,6 +4,7 @@ import contextlib
 import gzip
 import importlib
 import io
+import json
 import pickle
 import sys
 import warnings
@@ -116,6 +117,28 @@ def test_columns_left_out(tmp_path, kind):
     dataset = load(path, drop=("note", "label", "mass", "id"))
     np.testing.assert_array_equal(dataset.examples, X[:, [0, 1, 3]])
     assert dataset.labels is None and dataset.paths is None
+
+
+@pytest.mark.parametrize("name", ["id", "__index_level_0__"])
+@pytest.mark.parametrize("values", [[f"row {i}" for i in range(30)], list(range(100, 130))])
+def test_the_index_of_a_data_frame_names_the_rows(tmp_path, name, values):
+    def frame(**index):
+        # pandas puts the index last, and says which columns it was.
+        stored = json.dumps({"index_columns": list(index), "columns": []})
+        table = pa.table(FEATURES | {"label": KINDS} | index)
+        pq.write_table(table.replace_schema_metadata({"pandas": stored}), tmp_path / "a.parquet")
+        return tmp_path / "a.parquet"
+
+    dataset = load(frame(**{name: values}))
+    np.testing.assert_array_equal(dataset.examples, X)
+    assert (dataset.columns, dataset.paths) == (tuple(NAMES), [str(v) for v in values])
+    # One that is asked for by name is what it is asked for as.
+    assert load(frame(**{name: KINDS}), label=name, drop=("label",)).labels.tolist() == KINDS
+    # One whose values repeat names nothing, as the levels of several do not.
+    for index in ({name: values[:15] * 2}, {name: values, "level": values}):
+        dataset = load(frame(**index))
+        np.testing.assert_array_equal(dataset.examples, X)
+        assert dataset.paths is None
 
 
 @pytest.mark.parametrize("kind", ["csv", "parquet"])

@@ -14,7 +14,7 @@ from sklearn.datasets import load_digits
 
 from dec_diffusion import report
 from dec_diffusion.metrics import contingency
-from dec_diffusion.report import style, tables
+from dec_diffusion.report import latent, style, tables
 from dec_diffusion.types import InputError
 
 Path = pathlib.Path
@@ -247,6 +247,17 @@ def test_latent_map_draws(tmp_path: Path, n: int, d: int, k: int, with_labels: b
         labels_true=classes if with_labels else None,
     )
     read(tmp_path / "a.png")
+
+
+def test_latent_map_names_the_classes_as_they_are(tmp_path: Path, monkeypatch) -> None:
+    drawn = []
+    monkeypatch.setattr(latent, "save", lambda figure, path, dpi: drawn.append(figure))
+    classes = np.array([r"$\oops$", "expression of gene A", "expression of gene B"] * 10)
+    x = np.random.default_rng(0).normal(size=(30, 2))
+    report.latent_map(tmp_path / "a.png", x, np.zeros(30, int), labels_true=classes)
+    shown = {text.get_text() for text in drawn[0].axes[1].texts}
+    assert shown == {r"$\oops$", "expressi…of gene A", "expressi…of gene B"}
+    drawn[0].canvas.draw()  # a formula between dollars would be one that cannot be drawn
 
 
 def test_latent_map_colours_points_by_cluster_and_samples(tmp_path: Path) -> None:

@@ -90,7 +90,8 @@ class DataConfig:
       colour: Likewise: ``auto`` (three channels if any image has a colour, else one),
         ``grey`` (always one) or ``rgb`` (always three).
       broken: Likewise: what happens on a file that is no image or cannot be decoded:
-        ``refuse`` (stop and name it) or ``skip`` (leave it out with a warning).
+        ``refuse`` (stop and name it) or ``skip`` (leave it out with a warning). Files whose
+        endings say that they are no images are left out with a warning in any case.
       labels: For ``folder``: ``folders`` makes the name of the folder that an image lies in its
         label, for scoring only. ``none``: no labels.
       cache: For ``folder``, ``tfds``, and for images in ``parquet``: where decoded examples are

@@ -30,7 +30,7 @@ from dec_diffusion.types import InputError
 
 _REMEDY = "copy or download the file again"
 _IMAGES = ("image", "img")
-_INDEX = "__index_level_0__"  # of a data frame, saved along with it
+_INDEX = "__index_level_"  # how a data frame's index without a name is called in a file
 _BATCH = 128  # rows of encoded images
 _ROWS = 16384  # rows of numbers
 
@@ -247,16 +247,19 @@ def _labels(paths: Sequence[Path], files: Sequence[Any], label: str) -> np.ndarr
 def _table(config: DataConfig, path: Path, paths: Sequence[Path], files: Sequence[Any]) -> Dataset:
     """Columns of numbers as vectors."""
     schema = files[0].schema_arrow
-    names = [name for name in schema.names if name != _INDEX]
+    index = [name for name in _index(schema) if name not in (config.label, *config.drop)]
+    names = [name for name in schema.names if name not in index]
     kinds = {i: schema.field(name).type for i, name in enumerate(names)}
     texts = {i: _kind(kind) for i, kind in kinds.items() if not _is_number(kind)}
     columns = choose_columns(config, path, names, texts)
     examples = _features(paths, files, names, columns)
     identifiers = None
-    if columns.identifier is not None:
-        name, values = names[columns.identifier], []
-        for file in files:
-            values += map(str, file.read(columns=[name]).column(0).to_pylist())
+    if columns.identifier is None and len(index) == 1:
+        values = _names(files, index[0])
+        identifiers = values if len(set(values)) == len(values) else None
+    elif columns.identifier is not None:
+        name = names[columns.identifier]
+        values = _names(files, name)
         if len(set(values)) < len(values):
             raise InputError(
                 f"{path}: column {name} holds {texts[columns.identifier]} that does not differ from"
@@ -277,6 +280,20 @@ def _table(config: DataConfig, path: Path, paths: Sequence[Path], files: Sequenc
         paths=identifiers,
         columns=[names[i] for i in columns.features],
     )
+
+
+def _index(schema: Any) -> list[str]:
+    """The columns that were the index of a pandas data frame: names of rows, and no features."""
+    try:
+        stored = (schema.pandas_metadata or {}).get("index_columns", [])
+    except ValueError:  # damaged
+        stored = []
+    return [name for name in schema.names if name in stored or name.startswith(_INDEX)]
+
+
+def _names(files: Sequence[Any], column: str) -> list[str]:
+    """A column of all parts as text, [n]."""
+    return [str(v) for f in files for v in f.read(columns=[column]).column(0).to_pylist()]
 
 
 def _features(

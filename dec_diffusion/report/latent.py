@@ -15,7 +15,7 @@ from dec_diffusion.report.style import (
     darker,
     new_figure,
     save,
-    short,
+    short_names,
     title_style,
 )
 from dec_diffusion.types import InputError
@@ -140,11 +140,11 @@ def latent_map(
         spare = iter(range(len(sizes), len(sizes) + len(known)))
         groups = [
             (
-                short(str(v)),
+                name,
                 cluster_colour(match[v] if v in match else next(spare)),
                 np.array([value == v for value in classes[chosen].tolist()]),
             )
-            for v in known
+            for v, name in zip(known, short_names([str(v) for v in known]), strict=True)
         ]
         _scatter(axes[1], flat, groups)
         axes[1].set_title("True classes   ·   shown for comparison only", **title_style())
@@ -204,6 +204,7 @@ def _scatter(axes: "Axes", flat: np.ndarray, groups: Sequence[tuple[str, str, np
             va="center",
             fontsize=16 if len(groups) <= 20 else 10,
             path_effects=outline,
+            parse_math=False,  # a dollar sign in a class's name begins no formula
         )
     axes.set_xticks([])
     axes.set_yticks([])
