@@ -9,8 +9,8 @@
 | mnist_cpu | the 10,000 test images of MNIST       | --config.data.path=DIR                 |
 | fashion   | all 70,000 of Fashion-MNIST           | --config.data.path=DIR, an accelerator |
 | usps      | 9,298 images of 16x16                 | --config.data.path=usps.h5, h5py       |
-| images    | a folder, or a .npy or .npz of images | --config.data.path=PATH                |
-| vectors   | any .npy or .npz of vectors           | --config.data.path=FILE                |
+| images    | a folder or an array of images        | --config.data.path=PATH                |
+| vectors   | a table or an array of vectors        | --config.data.path=FILE                |
 | paper     | MNIST, as the authors' code trains it | --config.data.path=DIR, an accelerator |
 
 `images` has the network and the 2,000 steps of `mnist_cpu`, however few or many images there are;

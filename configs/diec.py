@@ -9,14 +9,14 @@
 | mnist   | all 70,000 of MNIST                    | --config.data.path=DIR, an accelerator |
 | fashion | all 70,000 of Fashion-MNIST            | --config.data.path=DIR, an accelerator |
 | cifar10 | all 60,000 of CIFAR-10                 | --config.data.path=DIR, an accelerator |
-| images  | a folder, or a .npy or .npz of images  | --config.data.path=PATH                |
-| vectors | any .npy or .npz of vectors            | --config.data.path=FILE                |
+| images  | a folder or an array of images         | --config.data.path=PATH                |
+| vectors | a table or an array of vectors         | --config.data.path=FILE                |
 | paper   | MNIST, as version 1 describes the      | --config.data.path=DIR, an accelerator |
 |         | search: bottleneck, golden section     |                                        |
 
 Measured (mean and standard deviation over seeds 0 to 4, no selection, labels for scoring only):
 
-digits      ACC .954 +- .003, NMI .922 +- .006, ARI .901 +- .007; k-means at the chosen cell .920,
+digits      ACC .953 +- .003, NMI .921 +- .006, ARI .901 +- .007; k-means at the chosen cell .920,
             .871. The first run takes 2 min 33 s and 2.0 GiB on two idle cores
 usps        seeds 0 to 2: ACC .970 +- .003, NMI .924 +- .003, ARI .942 +- .004; k-means at the
             chosen cell .680, .748, on the pixels .668, .627; 18 to 21 min on one core of two

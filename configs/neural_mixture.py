@@ -11,8 +11,8 @@
 | usps    | 9,298 images of 16x16                  | --config.data.path=usps.h5, h5py           |
 | cifar10 | all 60,000 of CIFAR-10                 | --config.data.path=DIR, an accelerator     |
 | stl10   | the 13,000 labelled of STL-10          | --config.data.path=DIR, an accelerator     |
-| images  | a folder, or a .npy or .npz of images  | --config.data.path=PATH                    |
-| vectors | any .npy or .npz of vectors            | --config.data.path=FILE                    |
+| images  | a folder or an array of images         | --config.data.path=PATH                    |
+| vectors | a table or an array of vectors         | --config.data.path=FILE                    |
 | paper   | MNIST, literally what is known of the  | --config.data.path=DIR                     |
 |         | paper: shared constant, soft E-step    |                                            |
 

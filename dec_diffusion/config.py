@@ -28,7 +28,10 @@ class MethodConfig(Protocol):
 
 @dataclasses.dataclass
 class TrainConfig:
-    """What the host loop does; nothing here but ``batch_size`` changes a weight.
+    """What the host loop does.
+
+    Only ``batch_size`` decides what is learnt. ``sweep_size`` names the random numbers of methods
+    that draw in a sweep; ``resident_gib`` and ``shard_params`` change results by rounding.
 
     Attributes:
         batch_size: examples per gradient step; all of them where they are fewer.
@@ -157,7 +160,7 @@ def flatten(config: Any, prefix: str = "") -> dict[str, Any]:
 
 def explain(config: Any, prefix: str = "") -> dict[str, str]:
     """What each field is for, by dotted name: what its docstring says, and what it may be."""
-    said, hints = _attributes(type(config)), get_type_hints(type(config), include_extras=True)
+    said, hints = attributes(type(config)), get_type_hints(type(config), include_extras=True)
     found: dict[str, str] = {}
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)
@@ -169,7 +172,7 @@ def explain(config: Any, prefix: str = "") -> dict[str, str]:
     return found
 
 
-def _attributes(kind: type) -> dict[str, str]:
+def attributes(kind: type) -> dict[str, str]:
     """The section "Attributes" of a docstring, a text for each name."""
     found: dict[str, str] = {}
     names, section = [], (inspect.getdoc(kind) or "").partition("Attributes:\n")[2]

@@ -302,6 +302,16 @@ def _matching(table: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return linear_sum_assignment(table, maximize=True)
 
 
+def matched_order(table: np.ndarray) -> tuple[list[int], list[int]]:
+    """Rows and columns [classes, clusters] in an order with the matched pairs on the diagonal.
+
+    Pairs are those of `best_match`, by class; what has no partner comes last.
+    """
+    rows, columns = (side.tolist() for side in _matching(table))
+    rows += [i for i in range(table.shape[0]) if i not in rows]
+    return rows, columns + [j for j in range(table.shape[1]) if j not in columns]
+
+
 def _encode(labels: ArrayLike, name: str) -> tuple[np.ndarray, np.ndarray]:
     """Sorted distinct labels, and the position [n] of each label among them."""
     values = np.asarray(labels)

@@ -31,9 +31,10 @@ Options:
   --quiet                    print nothing but errors and warnings
   --help                     print this
 
-Exit status: 0 done; 1 training failed; 2 bad input (nothing was changed), or a checkpoint could not
-be written; 75 stopped by SIGTERM or Ctrl-C after saving a checkpoint; 76 another process of the run
-is gone. After 75 and 76, and after a crash, the same command resumes.
+Exit status: 0 done; 1 training failed, or the disk is full; 2 bad input (nothing was changed), or a
+checkpoint could not be written; 75 stopped by SIGTERM or Ctrl-C after saving a checkpoint, 130 by
+Ctrl-C without; 76 another process of the run is gone. After 75 and 76, and after a crash, the same
+command resumes.
 """
 
 import ast

@@ -44,6 +44,8 @@ def write(
 ) -> dict[str, Any]:
     """Write everything a person looks at after a run; returns the summary.
 
+    The work of one process.
+
     Args:
         run: the trained method.
         dataset: what it was trained on, or other data.
@@ -105,17 +107,16 @@ def write(
         } | summary["baselines"]
         summary["search"] = _search(run, found, truth, place)
     summary["seconds_this_command"] = time.monotonic() - started
-    if jax.process_index() == 0:
-        page.write(
-            place.path / page.PAGE,
-            summary,
-            dataset,
-            assignment,
-            config=run.config,
-            layout=layout,
-            samples=samples,
-            command=page.command(asked, dataset, place.path) if training else None,
-        )
+    page.write(
+        place.path / page.PAGE,
+        summary,
+        dataset,
+        assignment,
+        config=run.config,
+        layout=layout,
+        samples=samples,
+        command=page.command(asked, dataset, place.path) if training else None,
+    )
     place.write_json(SUMMARY, summary)
     return summary
 
@@ -146,21 +147,20 @@ def _search(run: Run, found: Findings, truth: np.ndarray | None, place: Workdir)
     if truth is not None:
         # What the label-free choice costs: for the reader, never for the choice.
         chosen |= {"acc": scores["acc"][row, column], "best_acc_of_all_cells": scores["acc"].max()}
-    if jax.process_index() == 0:
-        names = [str(t) for t in found.rows]
-        report.search_map(
-            place.path / "search.png",
-            scores,
-            names,
-            found.columns,
-            chosen=found.chosen,
-            boundary=found.boundary,
+    names = [str(t) for t in found.rows]
+    report.search_map(
+        place.path / "search.png",
+        scores,
+        names,
+        found.columns,
+        chosen=found.chosen,
+        boundary=found.boundary,
+    )
+    if run.spec.is_image:
+        before = to_unit(found.samples * run.scale + run.offset, run)
+        report.image_row(
+            place.path / "generated_before.png", before, "Generated before fine-tuning"
         )
-        if run.spec.is_image:
-            before = to_unit(found.samples * run.scale + run.offset, run)
-            report.image_row(
-                place.path / "generated_before.png", before, "Generated before fine-tuning"
-            )
     return chosen
 
 
@@ -330,11 +330,9 @@ def _pictures(
     assignment: Assignment,
     place: Workdir,
     records: list[dict[str, Any]],
-) -> tuple[report.Layout | None, np.ndarray | None]:
+) -> tuple[report.Layout, np.ndarray | None]:
     """Draw the pictures; returns what the page shows as well: the map, and images generated."""
     folder, num_clusters, samples = place.path, run.config.method.num_clusters, None
-    if jax.process_index() != 0:
-        return None, None
     for name in ("generated.png", "confusion.png"):  # perhaps of other data, evaluated before
         (folder / name).unlink(missing_ok=True)
     if dataset.is_image:

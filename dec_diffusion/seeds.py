@@ -24,7 +24,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from dec_diffusion import config as configs
-from dec_diffusion import data, metrics, train, workdir
+from dec_diffusion import data, metrics, page, train, workdir
 from dec_diffusion.config import Config
 from dec_diffusion.data import Dataset
 from dec_diffusion.interrupt import Stop
@@ -146,12 +146,15 @@ def describe(comparison: Comparison) -> str:
     """The comparison in a few lines: scores beside those of the baselines, and the choice."""
     found, lines = comparison.summary, []
     columns = _LABELLED if "cost" in found else ("silhouette",)
-    rows = {"these runs": found["scores"]} | found["baselines"]
+    is_image = len(found["data"]["shape"]) == 3
+    rows = {"these runs": found["scores"]}
+    rows |= {page.baseline_name(name, is_image): b for name, b in found["baselines"].items()}
     lines.append(f"{len(comparison.scores)} seeds, mean and standard deviation")
-    lines.append(f"{'':18s}" + "".join(f"{c:>15s}" for c in columns))
+    width = 2 + max(map(len, rows))
+    lines.append(" " * width + "".join(f"{c:>15s}" for c in columns))
     for title, scores in rows.items():
         figures = "".join(f"{_figure(scores[c]):>15s}" for c in columns)
-        lines.append(f"{title.replace('_', ' '):18s}{figures}")
+        lines.append(f"{title:{width}s}{figures}")
     others = {n: spread for n, spread in found["scores"].items() if n not in columns}
     lines += [f"  {n.replace('_', ' '):22s}{_figure(spread)}" for n, spread in others.items()]
     lines.append(f"kept: seed {comparison.best}, {found['reason']}")
@@ -202,6 +205,7 @@ def _compare(
     common = [b for b in baselines[0] if all(b in other for other in baselines)]
     summary: dict[str, Any] = {
         "name": config.name,
+        "data": summaries[best]["data"],
         "best": name(best),
         "chosen_by": _CHOICE,
         "reason": _reason(scores, best),

@@ -1,7 +1,7 @@
 """The host loop: load, resume, run the phases, checkpoint, report.
 
 ``fit`` is what the command line calls, and ``_run`` is the EM loop; what one iteration computes
-is ``engine.em_iteration``, and what is done with a run afterwards is ``trained``.
+is ``engine.iteration``, and what is done with a run afterwards is ``trained``.
 """
 
 import contextlib

@@ -450,7 +450,8 @@ def test_write_reads_the_pictures_beside_it_and_repeats_itself(tmp_path):
     report.curves(tmp_path / "curves.png", records)
     summary, config = summary_of(dataset, a, 4), Config("x", ClusterDDPM(num_clusters=4))
     for name in ("one.html", "two.html"):
-        page.write(tmp_path / name, summary, dataset, a, config=config)
+        layout = report.lay_out(a.embedding)
+        page.write(tmp_path / name, summary, dataset, a, config=config, layout=layout)
     one = (tmp_path / "one.html").read_bytes()
     assert one == (tmp_path / "two.html").read_bytes()
     encoded = base64.b64encode((tmp_path / "curves.png").read_bytes()).decode()

@@ -276,7 +276,7 @@ def test_latent_map_colours_points_by_cluster_and_samples(tmp_path: Path) -> Non
 def test_curves_draw_one_panel_per_group_with_data(tmp_path: Path) -> None:
     rows = records()
     report.curves(tmp_path / "few.png", rows)
-    report.curves(tmp_path / "more.png", [*rows, {"step": 50, "eval/acc": 0.5, "silhouette": 0.1}])
+    report.curves(tmp_path / "more.png", [*rows, {"step": 50, "acc": 0.5, "silhouette": 0.1}])
     report.curves(tmp_path / "one.png", rows, {"mine": ["loss"]})
     heights = [read(tmp_path / f"{name}.png").shape[0] for name in ("one", "few", "more")]
     # 1, 3 and 5 panels.
@@ -325,6 +325,17 @@ def test_confusion_puts_matched_pairs_on_the_diagonal(tmp_path: Path) -> None:
     dark = dark[dark[:, 1] < 0.8 * picture.shape[1]]  # not the colour bar
     assert len(dark) > 1000
     assert np.corrcoef(dark.T)[0, 1] > 0.9
+
+
+def test_confusion_has_classes_without_a_cluster_last(tmp_path: Path, monkeypatch) -> None:
+    drawn = []
+    monkeypatch.setattr(tables, "save", lambda figure, path, dpi: drawn.append(figure))
+    counts = np.array([[0, 9], [1, 1], [8, 0]])
+    report.confusion(tmp_path / "a.png", counts, ["a", "b", "c"], [0, 1])
+    axes = drawn[0].axes[0]
+    assert [label.get_text() for label in axes.get_yticklabels()] == ["a", "c", "b"]
+    assert [label.get_text() for label in axes.get_xticklabels()] == ["1", "0"]
+    np.testing.assert_array_equal(axes.images[0].get_array(), [[1, 0], [0, 1], [0.5, 0.5]])
 
 
 @pytest.mark.parametrize(("n", "d", "k"), [(40, 13, 4), (3, 1, 1), (50, 300, 12), (300, 4, 120)])

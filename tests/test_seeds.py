@@ -97,6 +97,8 @@ def test_what_the_choice_costs_is_for_the_reader(compared):
     said = seeds.describe(compared)
     assert f"its ACC is {cost['chosen']:.3f}, the mean {cost['mean']:.3f}" in said
     assert f"kept: seed {compared.best}, whose clusters agree most" in said
+    # Baselines have the names that they have in the report of a run.
+    assert "k-means on the inputs  " in said and "kmeans" not in said
 
 
 def test_the_folder_of_all_stands_for_the_run_kept(compared, tmp_path):

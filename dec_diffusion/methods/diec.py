@@ -85,6 +85,9 @@ _SNAPSHOT = 24  # images generated before fine-tuning, for comparison
 class DiEC:
     """Settings of DiEC.
 
+    Where a denoiser is imported, ``width``, ``multipliers``, ``blocks``, ``attention``,
+    ``noise_schedule``, ``num_steps`` and ``prediction`` come from it.
+
     Attributes:
         num_clusters: K, or auto: `dec_diffusion.num_clusters` chooses it before training.
         width: channels of the first level of the U-Net (hidden units for vectors).
@@ -94,8 +97,7 @@ class DiEC:
         dtype: of activations, ``float32`` or ``bfloat16``.
         noise_schedule: ``linear`` (betas 1e-4 to 0.02) or ``cosine``.
         num_steps: T of that schedule; timesteps count from 0, the cleanest.
-        prediction: what the denoiser is asked for, ``eps``, ``v`` or ``x0``. These seven, with
-            the weights, come from the model instead where one is imported.
+        prediction: what the denoiser is asked for, ``eps``, ``v`` or ``x0``.
         held_out: share of examples that the denoiser is never trained on, and is tested on.
         pretrain_iterations: of the first phase.
         layer: name of the layer to use, ``middle`` for the bottleneck; empty to search. The

@@ -6,7 +6,6 @@ from typing import Any
 
 import numpy as np
 
-from dec_diffusion import report
 from dec_diffusion.config import Config
 from dec_diffusion.data import Dataset
 from dec_diffusion.evaluate import Assignment
@@ -33,10 +32,9 @@ def write(
     assignment: Assignment,
     *,
     config: Config,
-    layout: Layout | None = None,
+    layout: Layout,
     samples: np.ndarray | None = None,
     command: str | None = None,
-    seed: int = 0,
 ) -> None:
     """Write the page.
 
@@ -47,14 +45,11 @@ def write(
         dataset: what was clustered, under the scaling of the run.
         assignment: of that data set.
         config: of the run.
-        layout: of the map, if it has been computed already.
+        layout: of the map.
         samples: generated images [k, m, h, w, c] in [0, 1].
         command: that repeats the run, where it is known.
-        seed: of the map.
     """
     target = path if hasattr(path, "write_bytes") else Path(path)
-    if layout is None:
-        layout = report.lay_out(assignment.embedding, seed=seed)
     pictures = {
         name: (target.parent / name).read_bytes()
         for name in ("curves.png", "search.png", "confusion.png", "num_clusters.png")

@@ -105,13 +105,7 @@ def confusion(classes: np.ndarray, clusters: np.ndarray, picture: bytes | None) 
     said = tag("p", words, class_="faint")
     if max(table.shape) > _MAX_TABLE:
         return [said] + (figure(picture, "Classes by cluster") if picture else [])
-    match = metrics.best_match(classes, clusters)
-    row_of = {name: i for i, name in enumerate(names.tolist())}
-    column_of = {name: j for j, name in enumerate(columns.tolist())}
-    pairs = sorted((row_of[c], column_of[k]) for k, c in match.items())
-    rows = [i for i, _ in pairs] + [i for i in row_of.values() if i not in dict(pairs)]
-    order = [j for _, j in pairs]
-    order += [j for j in column_of.values() if j not in order]
+    rows, order = metrics.matched_order(table)
     share = table / np.maximum(table.sum(axis=1, keepdims=True), 1)
 
     def cell(i: int, j: int) -> Html:

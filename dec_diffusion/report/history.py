@@ -21,14 +21,14 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 GROUPS: Mapping[str, tuple[str, ...]] = {
-    "loss": ("*loss*", "denoise", "denoising", "kl", "kl_z", "kl_c", "recon", "reconstruction"),
+    "loss": ("loss", "denoising", "held_out_denoising", "kl"),
     "share of clusters": ("smallest_share", "largest_share"),
     "non-empty clusters": ("clusters_nonempty",),
     "label-free scores": ("silhouette", "occupancy_entropy"),
-    "log-likelihood per example": ("log_likelihood", "bound"),
+    "log-likelihood per example": ("mixture_log_likelihood", "log_mixture"),
     "accuracy (labels used for scoring only)": ("acc", "nmi", "ari"),
 }
-"""Panels of `curves`: title -> metric names; a name between asterisks matches any key with it."""
+"""Panels of `curves`: title -> metric names."""
 
 
 def curves(
@@ -45,8 +45,8 @@ def curves(
         records: the rows of ``metrics.jsonl``. Rows without ``x`` are skipped; of rows with the
             same ``x`` later ones win key by key (a resumed run repeats steps). A ``phase`` string
             marks where phases begin.
-        groups: panel title -> metric names, `GROUPS` by default. A name also matches behind a
-            prefix (``acc`` matches ``eval/acc``). Panels without data are left out.
+        groups: panel title -> metric names, `GROUPS` by default. Panels without data are left
+            out.
         x: key of the horizontal axis.
 
     Raises:
@@ -63,7 +63,7 @@ def curves(
         lines = {}
         for key in keys:
             seen = [step for step in steps if _is_number(rows[step].get(key))]
-            if key != x and seen and any(_matches(key, name) for name in names):
+            if key != x and seen and key in names:
                 lines[key] = (np.array(seen), np.array([float(rows[s][key]) for s in seen]))
         if lines:
             panels.append((title, lines))
@@ -146,13 +146,6 @@ def _running_mean(values: np.ndarray, width: int) -> np.ndarray:
     count = np.convolve(seen, window, mode="same")
     total = np.convolve(np.where(seen, values, 0.0), window, mode="same")
     return np.where(count > 0, total / np.maximum(count, 1), np.nan)
-
-
-def _matches(key: str, name: str) -> bool:
-    last = key.split("/")[-1]
-    if name.startswith("*") and name.endswith("*"):
-        return name.strip("*") in last
-    return name in (key, last)
 
 
 def _is_number(value: Any) -> bool:

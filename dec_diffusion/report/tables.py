@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import ArrayLike
 
+from dec_diffusion.metrics import matched_order
 from dec_diffusion.report.style import (
     FAINT,
     INK,
@@ -29,8 +30,9 @@ if TYPE_CHECKING:
 def confusion(path: Any, table: ArrayLike, classes: ArrayLike, clusters: ArrayLike) -> None:
     """Heat map of a contingency table: how each class spreads over the clusters.
 
-    Columns are reordered so that matched pairs (Hungarian method) lie on the diagonal, clusters
-    without a class last. Colour is the share of the class, numbers are counts.
+    Both are reordered so that matched pairs (Hungarian method) lie on the diagonal, clusters
+    without a class last, as are classes without a cluster. Colour is the share of the class,
+    numbers are counts.
 
     Args:
         path: PNG file to write.
@@ -40,8 +42,6 @@ def confusion(path: Any, table: ArrayLike, classes: ArrayLike, clusters: ArrayLi
     Raises:
         InputError: names that do not match the table.
     """
-    from scipy.optimize import linear_sum_assignment
-
     counts = np.asarray(table)
     rows, columns = np.asarray(classes).tolist(), np.asarray(clusters).tolist()
     if counts.ndim != 2 or 0 in counts.shape or counts.shape != (len(rows), len(columns)):
@@ -49,15 +49,14 @@ def confusion(path: Any, table: ArrayLike, classes: ArrayLike, clusters: ArrayLi
             f"table has shape {counts.shape}: expected ({len(rows)}, {len(columns)}), one row per "
             "class and one column per cluster"
         )
-    matched = linear_sum_assignment(counts, maximize=True)[1].tolist()
-    order = matched + [k for k in range(len(columns)) if k not in matched]
-    counts = counts[:, order]
+    down, across = matched_order(counts)
+    counts = counts[np.ix_(down, across)]
     share = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
     side = float(np.clip(16 / max(counts.shape), 0.1, 0.46))
     figure, ax = _heat(
         share,
-        short_names([str(c) for c in rows]),
-        short_names([str(columns[k]) for k in order]),
+        short_names([str(rows[i]) for i in down]),
+        short_names([str(columns[j]) for j in across]),
         "Blues",
         (0.0, float(share.max()) or 1.0),
         cell=(side, side),
