@@ -22,6 +22,7 @@ Sources: (1) Jarvis and Patrick 1973; (2) Newman and Girvan 2004, maximised as i
 (4) Fisher 1936. (5), (6) and their constants are this package's, measured in docs/num_clusters.md.
 """
 
+import warnings
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -92,6 +93,13 @@ def choose(
     rows = np.sort(rng.permutation(len(x))[:EXAMPLES])
     z = ((np.asarray(x[rows], np.float32) - offset) / scale).reshape(len(rows), -1)
     distinct = len({row.tobytes() for row in z})
+    if 2 * distinct < len(z):
+        warnings.warn(
+            f"only {distinct:,} of {len(z):,} examples differ, as where values are whole numbers: "
+            "each of them may count as a group; give --config.method.num_clusters, or add uniform "
+            "noise of one step to such columns",
+            stacklevel=2,
+        )
     z = principal_axes(z, AXES)
     graph = shared_neighbours(z, int(np.clip(len(z) // 10, 2, NEIGHBOURS)))
     labels = communities(graph, rng)

@@ -214,7 +214,7 @@ def _compare(
         "runs": {name(s): found for s, found in scores.items()},
         "failed": {name(s): message for s, message in failed.items()},
     }
-    if "acc" in scores[best]:
+    if all("acc" in own for own in scores.values()):
         # For the reader, never for the choice.
         acc = {s: found["acc"] for s, found in scores.items()}
         top = max(acc, key=lambda s: (acc[s], -s))

@@ -206,6 +206,16 @@ def test_what_does_not_fit_together_is_refused_in_one_line(tmp_path, harm, messa
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize("kinds", [(["cat"] * 10, ["horse"] * 13), (np.int32(1), np.int64(2))])
+def test_labels_of_shards_may_be_of_different_width(tmp_path, kinds):
+    folder = put(tmp_path / "a", IMAGES)
+    first, second = np.broadcast_to(kinds[0], 10), np.broadcast_to(kinds[1], 13)
+    np.save(folder / "labels-0.npy", first)
+    np.save(folder / "labels-1.npy", second)
+    labels = load(folder).labels
+    assert labels is not None and labels.tolist() == [*first.tolist(), *second.tolist()]
+
+
 def test_a_stray_array_does_not_make_a_folder_of_images_one_of_arrays(tmp_path):
     np.save(tmp_path / "a.npy", IMAGES)
     (tmp_path / "b.png").write_bytes(b"")

@@ -122,6 +122,16 @@ def test_units_do_not_matter_where_the_scaling_is_given():
     assert scaled.chosen == plain.chosen == 4
 
 
+def test_examples_of_few_different_values_are_warned_of():
+    rng = np.random.default_rng(0)
+    centre = np.where(rng.integers(0, 2, (600, 1)) == 0, 1.7, 4.3)
+    ratings = np.clip(np.round(centre + rng.normal(0, 0.7, (600, 2))), 1, 5)
+    different = len(np.unique(ratings, axis=0))
+    with pytest.warns(UserWarning, match=rf"only {different} of 600 examples differ"):
+        num_clusters.choose(ratings)
+    assert num_clusters.choose(ratings + rng.uniform(-0.5, 0.5, ratings.shape)).chosen == 2
+
+
 def test_the_same_seed_chooses_alike_and_examples_are_bounded(monkeypatch):
     x, _ = synthetic.draw_blobs("gmm4", n=600)
     assert num_clusters.choose(x, seed=3) == num_clusters.choose(x, seed=3)
@@ -136,6 +146,7 @@ def test_one_group_is_said_to_be_one():
     assert "may be one group" in num_clusters.describe(choice)
 
 
+@pytest.mark.filterwarnings("ignore:only 2 of 600 examples differ")
 @pytest.mark.parametrize(
     "x",
     [

@@ -101,6 +101,17 @@ def test_what_the_choice_costs_is_for_the_reader(compared):
     assert "k-means on the inputs  " in said and "kmeans" not in said
 
 
+def test_seeds_of_which_only_some_had_labels_are_compared_without(tmp_path):
+    scores = [{"silhouette": 0.5, "acc": 0.9}, {"silhouette": 0.4}]
+    found = {
+        s: {"scores": own, "baselines": {}, "data": {"shape": (2,)}} for s, own in enumerate(scores)
+    }
+    labels = dict.fromkeys(found, np.array([0, 0, 1, 1]))
+    compared = seeds._compare(tmp_path, CONFIG, found, labels, {})
+    assert (compared.best, compared.summary["scores"].keys()) == (0, {"silhouette", "agreement"})
+    assert "ACC" not in seeds.describe(compared)
+
+
 def test_the_folder_of_all_stands_for_the_run_kept(compared, tmp_path):
     folder = pathlib.Path(shutil.copytree(compared.path, tmp_path / "w"))
     model = dec_diffusion.load(folder)

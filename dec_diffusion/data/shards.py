@@ -166,11 +166,14 @@ def open_shards(folder: Path) -> tuple[Shards, np.ndarray | None]:
             f"--config.data.path={folder}: holds no *.npy files of examples; check the path"
         )
     examples = Shards(_mapped(files))
-    labels = np.concatenate(_mapped(named)) if named else None
+    labels = np.concatenate(_mapped(named, alike=lambda x: x.dtype.kind)) if named else None
     return examples, labels
 
 
-def _mapped(files: Sequence[Path]) -> list[np.ndarray]:
+def _mapped(
+    files: Sequence[Path], alike: Callable[[np.ndarray], Any] = lambda x: x.dtype
+) -> list[np.ndarray]:
+    """The arrays of all files, which must be ``alike`` in their type, and in their shape."""
     _check_numbers(files)
     _permit_open(len(files))
     parts: list[np.ndarray] = []
@@ -186,7 +189,7 @@ def _mapped(files: Sequence[Path]) -> list[np.ndarray]:
         if not isinstance(part, np.ndarray) or part.ndim == 0:
             raise InputError(f"{file}: is not an array of examples; write it with np.save")
         first = parts[0] if parts else part
-        if (part.dtype, part.shape[1:]) != (first.dtype, first.shape[1:]):
+        if (alike(part), part.shape[1:]) != (alike(first), first.shape[1:]):
             raise InputError(
                 f"{file}: holds {part.dtype} of shape {part.shape[1:]}, {files[0].name}"
                 f" {first.dtype} of shape {first.shape[1:]}; all files of a folder must be alike"

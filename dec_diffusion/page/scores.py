@@ -47,8 +47,8 @@ def _in_words(scores: Mapping[str, Any], things: str) -> Iterable[str]:
             "are in the cluster of their class. Labels were used for this figure, not for training."
         )
         yield (
-            f"NMI {nmi:.3f} and ARI {ari:.3f}: agreement of clusters and classes, from 0 (chance) "
-            "to 1 (the same groups)."
+            f"NMI {nmi:.3f} and ARI {ari:.3f}: agreement of clusters and classes, 1 for the same "
+            "groups. ARI is 0 by chance; NMI is above it, the more so the fewer the examples."
         )
     apart = scores.get("silhouette")
     if apart is not None:
