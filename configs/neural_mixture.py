@@ -16,7 +16,7 @@
 | paper   | MNIST, literally what is known of the  | --config.data.path=DIR                     |
 |         | paper: shared constant, soft E-step    |                                            |
 
-Measured (mean and standard deviation over seeds, no selection, labels for scoring only):
+Measured (mean and standard deviation of a sample over seeds, no selection, labels for scores only):
 
 digits      ACC .948 +- .002, NMI .917 +- .003, ARI .894 +- .003; the command above with
             --seeds=0..4. The first run takes 31 s and 0.9 GiB on two idle cores
@@ -24,7 +24,7 @@ mnist       ACC .981 +- .001, NMI .950 +- .003, ARI .959 +- .002 over seeds 0 to
             9 min a run on one core of two that other work shared
 usps        ACC .984 +- .001, NMI .957 +- .002, ARI .968 +- .002 over seeds 0 to 2; 1,080 steps,
             9 min on one core of two
-fashion     ACC .680 +- .050, NMI .676 +- .021, ARI .558 +- .044 over seeds 0 to 2 (k-means on
+fashion     ACC .680 +- .062, NMI .676 +- .025, ARI .558 +- .054 over seeds 0 to 2 (k-means on
             pixels .501, .491, .340); 2,457 steps, 11 to 14 min a run on a core that more than
             one other job shared
 the others  not measured

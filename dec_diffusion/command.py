@@ -267,15 +267,7 @@ def _evaluate(
     known: Any,
     started: float,
 ) -> str:
-    summary = results.write(
-        trained,
-        dataset,
-        assignment,
-        place,
-        known,
-        history=home.read_metrics(),
-        started=started,
-    )
+    summary = results.write(trained, dataset, assignment, place, known, home=home, started=started)
     return results.describe(summary, place.path)
 
 

@@ -127,6 +127,12 @@ def check(config: Config) -> None:
     Raises:
         InputError: naming the first field that cannot work and the remedy.
     """
+    if not dataclasses.is_dataclass(config.method):
+        kind = type(config.method).__name__
+        raise InputError(
+            f"--config.method: {kind} holds no settings of a method; give a class of "
+            "dec_diffusion.methods, say neural_mixture.NeuralMixture(num_clusters=12)"
+        )
     hints = _hints(config)
     for name, value in flatten(config).items():
         if not _fits(value, hints[name]):

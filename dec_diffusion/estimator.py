@@ -123,7 +123,7 @@ class _Estimator(ClassNamePrefixFeaturesOutMixin, TransformerMixin, ClusterMixin
         self._adopt(result.run, result.history)
         self.labels_ = result.assignment.labels
         self._prototypes = prototypes.choose(result.dataset, result.assignment)
-        self._assigned = results.assigned(result.assignment, self._prototypes)
+        self._assigned = results.assigned(result.dataset, result.assignment, self._prototypes)
         self.cluster_centers_ = self._centers(result.run, result.assignment)
         if self.verbose > 1:
             sizes = np.bincount(self.labels_, minlength=self.n_clusters_)
@@ -288,8 +288,7 @@ class _Estimator(ClassNamePrefixFeaturesOutMixin, TransformerMixin, ClusterMixin
         for record in self.history_:
             place.append_metrics(record)
         if hasattr(self, "labels_"):
-            n = len(self.labels_)
-            place.write_assignments(range(n), [""] * n, self._assigned)
+            place.write_assignments(self._assigned)
         if self._prototypes is not None:
             results.write_prototypes(self._prototypes, place)
         if hasattr(self, "cluster_centers_"):

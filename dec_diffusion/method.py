@@ -196,3 +196,16 @@ def check_levels(attention: tuple[int, ...], multipliers: tuple[int, ...]) -> No
             f"--config.method.attention={attention}: levels are numbered from 0 to "
             f"{len(multipliers) - 1}, one for each of --config.method.multipliers"
         )
+
+
+def check_neighbours(neighbours: int, anchors: int, spec: DataSpec) -> None:
+    """Check that a neighbour graph over ``anchors`` examples has so many neighbours for each.
+
+    Raises:
+        InputError: there are too few examples or anchors.
+    """
+    if neighbours >= min(anchors, spec.num_examples):
+        raise InputError(
+            f"--config.method.neighbours={neighbours}: there are {spec.num_examples} examples "
+            f"and {anchors} anchors; ask for fewer neighbours"
+        )

@@ -319,8 +319,10 @@ def _encode(labels: ArrayLike, name: str) -> tuple[np.ndarray, np.ndarray]:
         raise InputError(f"{name} has shape {values.shape}: give one label per example")
     if values.size == 0:
         raise InputError(f"{name} is empty: nothing to score")
-    if values.dtype.kind == "O":
-        missing = any(v is None or v != v for v in values)
+    if values.dtype.kind in "OU":
+        # Of a list its own members, as NumPy makes a text of a NaN among texts.
+        members: Any = labels if isinstance(labels, list | tuple) else values
+        missing = any(v is None or v != v for v in members)
     else:
         missing = bool(np.any(values != values))
     if missing:

@@ -6,12 +6,14 @@ Usage:
 
 Options:
   --config=CONFIG[:VARIANT]  a config file, or one that comes with the package:
-                             {shipped}
+                             {shipped};
+                             CONFIG:images for a folder or array of images, CONFIG:vectors for a
+                             table, --config=CONFIG --help lists all variants
   --config.FIELD=VALUE       change a value of the config, say --config.method.num_clusters=12;
                              --config=CONFIG --help lists them all
   --workdir=DIR              folder of the run, made by the first command and resumed by the
-                             same command given again; if left out, runs/<name of the config>,
-                             with -seeds behind it where --seeds is given
+                             same command given again; if left out, runs/CONFIG-VARIANT, with
+                             -seeds behind it where --seeds is given
   --mode=MODE                train (if left out), or with the trained run in DIR, whose config
                              is used if --config is left out:
                              evaluate  assign and score examples, with pictures, in DIR/evaluate

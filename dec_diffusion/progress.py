@@ -3,11 +3,20 @@
 import shutil
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TextIO
 
 _SECONDS_BETWEEN_LINES = 10.0
 _SHOWN = ("loss", "clusters_nonempty", "silhouette", "acc", "nmi")
+
+
+def table(rows: Mapping[str, Sequence[str]], columns: Sequence[str], width: int) -> list[str]:
+    """Lines of a table: the columns, ``width`` characters each, and for each title its cells."""
+    first = 2 + max(map(len, rows))
+    every = {"": columns, **rows}.items()
+    return [
+        f"{title:{first}s}" + "".join(f"{c:>{width}s}" for c in cells) for title, cells in every
+    ]
 
 
 class Progress:

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dec_diffusion import evaluate, metrics, page, prototypes, report
+from dec_diffusion import evaluate, metrics, page, progress, prototypes, report
 from dec_diffusion.data import Dataset
 from dec_diffusion.data.dataset import few_rows
 from dec_diffusion.evaluate import Assignment
@@ -38,9 +38,8 @@ def write(
     place: Workdir,
     known: Prototypes | None = None,
     *,
-    history: list[dict[str, Any]],
+    home: Workdir,
     started: float,
-    training: bool = False,
 ) -> dict[str, Any]:
     """Write everything a person looks at after a run; returns the summary.
 
@@ -52,10 +51,11 @@ def write(
         assignment: of that data set.
         place: the folder to write to: the workdir, or one in it.
         known: the prototypes of the run; after training they are chosen here.
-        history: the records of the training.
+        home: the workdir of the run; where that is ``place``, the data set is the one that the
+            method was trained on.
         started: ``time.monotonic()`` when the command began.
-        training: whether the data set is the one that the method was trained on.
     """
+    training, history, choice = place == home, home.read_metrics(), home.read_json(CHOICE)
     if training:
         known = prototypes.choose(dataset, assignment)
         write_prototypes(known, place)
@@ -70,6 +70,7 @@ def write(
             "examples": dataset.num_examples,
             "shape": dataset.example_shape,
             "labels": truth is not None,
+            "trained_on": training,
         },
         "clusters": {
             "asked": num_clusters,
@@ -91,7 +92,7 @@ def write(
         "device": {"kind": jax.devices()[0].device_kind, "count": len(jax.devices())},
         "versions": _versions(),
     }
-    choice, asked = place.read_json(CHOICE) if training else None, run.config
+    asked = run.config
     if choice is not None:
         summary["num_clusters"] = choice
         settings = dataclasses.replace(asked.method, num_clusters=AUTO)
@@ -175,18 +176,24 @@ def read(place: Workdir) -> dict[str, Any] | None:
         return None
 
 
-def assigned(assignment: Assignment, known: Prototypes | None) -> Assigned:
-    """The columns of ``assignments.csv``; without prototypes theirs is empty."""
-    names = prototypes.closest(known, assignment) if known else [""] * len(assignment.labels)
-    return Assigned(assignment.labels, assignment.probability, assignment.entropy, names)
+def assigned(dataset: Dataset, assignment: Assignment, known: Prototypes | None) -> Assigned:
+    """The columns of ``assignments.csv``; those without paths or prototypes are empty."""
+    empty = [""] * dataset.num_examples
+    return Assigned(
+        dataset.rows,
+        dataset.paths or empty,
+        assignment.labels,
+        assignment.probability,
+        assignment.entropy,
+        prototypes.closest(known, assignment) if known else empty,
+    )
 
 
 def write_assignments(
     dataset: Dataset, assignment: Assignment, place: Workdir, known: Prototypes | None
 ) -> None:
     """``assignments.csv``: one row per example, in the order of the source."""
-    paths = dataset.paths or [""] * dataset.num_examples
-    place.write_assignments(dataset.rows, paths, assigned(assignment, known))
+    place.write_assignments(assigned(dataset, assignment, known))
 
 
 def write_prototypes(known: Prototypes, place: Workdir) -> None:
@@ -299,27 +306,23 @@ def to_unit(examples: np.ndarray, run: Run) -> np.ndarray:
 
 def describe(summary: Mapping[str, Any], folder: Path) -> str:
     """The end of a run in a few lines: this run beside its baselines, and where to look."""
-    rows = [("this run", summary["scores"])]
     is_image = len(summary["data"]["shape"]) == 3
-    rows += [
-        (page.baseline_name(name, is_image), b["scores"])
-        for name, b in summary["baselines"].items()
-    ]
-    width = 2 + max(len(name) for name, _ in rows)
+    rows = {"this run": summary["scores"]}
+    for name, baseline in summary["baselines"].items():
+        rows[page.baseline_name(name, is_image)] = baseline["scores"]
     columns = ("acc", "nmi", "ari") if summary["data"]["labels"] else ("silhouette",)
-    lines = [" " * width + "".join(f"{c:>11s}" for c in columns)]
-    for name, scores in rows:
-        figures = "".join(f"{scores[c]:11.3f}" for c in columns)
-        lines.append(f"{name:{width}s}{figures}")
+    figures = {name: [f"{scores[c]:.3f}" for c in columns] for name, scores in rows.items()}
+    lines = progress.table(figures, columns, 11)
     if found := summary.get("search"):
         beyond = found["boundary"] and found["timestep"]
         note = ", the first or last timestep tried: widen the search" if beyond else ""
         lines.append(f"features of layer {found['layer']} at timestep {found['timestep']}{note}")
     clusters = summary["clusters"]
-    how = ", chosen without labels (num_clusters.png)" if "num_clusters" in summary else ""
+    pictures = sorted(p.name for p in folder.glob("*.png"))
+    how = ", chosen without labels" if "num_clusters" in summary else ""
+    how += " (num_clusters.png)" if "num_clusters.png" in pictures else ""
     lines.append(f"{clusters['found']} of {clusters['asked']} clusters have members{how}")
     lines.append(f"results: {folder}")
-    pictures = sorted(p.name for p in folder.glob("*.png"))
     lines.append("  " + "  ".join([page.PAGE, ASSIGNMENTS, SUMMARY, *pictures]))
     return "\n".join(lines)
 

@@ -30,6 +30,9 @@ from dec_diffusion.types import Array, Float, InputError, Int, PRNGKeyArray, pyt
 Prediction = Literal["eps", "x0", "v"]
 """What a denoising network is asked for."""
 
+Name = Literal["linear", "cosine"]
+"""What a setting calls a schedule."""
+
 Values = Float[Array, "..."]
 Levels = Float[Array, " *b"]
 """Log-SNRs [b] for the leading axis of values [b, ...], or one for all. Dtypes promote."""
@@ -43,6 +46,11 @@ class Schedule:
     """Noise levels: ``log_snr`` float32 [t], decreasing, so that index 0 is the cleanest step."""
 
     log_snr: Float[Array, " t"]
+
+
+def named(name: Name, num_steps: int) -> Schedule:
+    """`linear` or `cosine` with their published constants; raises InputError as these do."""
+    return {"linear": linear, "cosine": cosine}[name](num_steps)
 
 
 def linear(num_steps: int, *, beta_start: float = 1e-4, beta_end: float = 0.02) -> Schedule:

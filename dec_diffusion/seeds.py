@@ -24,7 +24,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from dec_diffusion import config as configs
-from dec_diffusion import data, metrics, page, train, workdir
+from dec_diffusion import data, metrics, page, progress, results, train, workdir
 from dec_diffusion.config import Config
 from dec_diffusion.data import Dataset
 from dec_diffusion.interrupt import Stop
@@ -66,7 +66,7 @@ def fit_seeds(
 
     Every seed is a run of its own, in ``path/seed0`` and so on: it is resumed if it was
     interrupted, and left as it is if it is complete. So seeds may be added later, and several
-    processes may share them.
+    processes may share them: all that are complete are compared, with those of earlier calls.
 
     Args:
         config: of all runs, but for its seed.
@@ -94,6 +94,7 @@ def fit_seeds(
     if dataset is None:
         k = configs.resolved(config, 2).method.num_clusters  # every seed may choose its own
         data.check_clusters(given, k)
+    _complete(folder, given)  # refuses those of other data, before any training
     summaries: dict[int, dict[str, Any]] = {}
     labels: dict[int, np.ndarray] = {}
     failed: dict[int, str] = {}
@@ -108,6 +109,9 @@ def fit_seeds(
             failed[seed] = str(error)
             continue
         summaries[seed], labels[seed] = result.summary, result.assignment.labels
+    for seed, (summary, own) in _complete(folder, given).items():
+        if seed not in runs:
+            summaries[seed], labels[seed] = summary, own
     comparison = _compare(folder, config, summaries, labels, failed) if summaries else None
     if comparison and verbose:
         print(describe(comparison), flush=True)
@@ -144,17 +148,14 @@ def choose(scores: Mapping[int, Mapping[str, float]]) -> int:
 
 def describe(comparison: Comparison) -> str:
     """The comparison in a few lines: scores beside those of the baselines, and the choice."""
-    found, lines = comparison.summary, []
+    found = comparison.summary
     columns = _LABELLED if "cost" in found else ("silhouette",)
     is_image = len(found["data"]["shape"]) == 3
     rows = {"these runs": found["scores"]}
     rows |= {page.baseline_name(name, is_image): b for name, b in found["baselines"].items()}
-    lines.append(f"{len(comparison.scores)} seeds, mean and standard deviation")
-    width = 2 + max(map(len, rows))
-    lines.append(" " * width + "".join(f"{c:>15s}" for c in columns))
-    for title, scores in rows.items():
-        figures = "".join(f"{_figure(scores[c]):>15s}" for c in columns)
-        lines.append(f"{title:{width}s}{figures}")
+    figures = {title: [_figure(scores[c]) for c in columns] for title, scores in rows.items()}
+    lines = [f"{len(comparison.scores)} seeds, mean and standard deviation"]
+    lines += progress.table(figures, columns, 15)
     others = {n: spread for n, spread in found["scores"].items() if n not in columns}
     lines += [f"  {n.replace('_', ' '):22s}{_figure(spread)}" for n, spread in others.items()]
     lines.append(f"kept: seed {comparison.best}, {found['reason']}")
@@ -175,12 +176,10 @@ def _open(path: str | os.PathLike[str], runs: Mapping[int, Config]) -> Path:
     if (folder / workdir.CONFIG).exists():
         raise InputError(f"{option}: holds a run of one seed; give another --workdir with --seeds")
     first = next(iter(runs.values()))
-    others = sorted(p.parent for p in folder.glob(f"seed*/{workdir.CONFIG}"))
-    for other in others:
-        seed = other.name.removeprefix("seed")
-        if seed.isdecimal():
-            wanted = configs.to_dict(dataclasses.replace(first, seed=int(seed)))
-            workdir.check_config(other, wanted, ignore=configs.RESUMABLE)
+    others = _folders(folder)
+    for seed, other in others.items():
+        wanted = configs.to_dict(dataclasses.replace(first, seed=seed))
+        workdir.check_config(other, wanted, ignore=configs.RESUMABLE)
     names = {p.name for p in folder.glob("*")} if folder.is_dir() else set()
     if names and not others and not names <= {name(seed) for seed in runs}:
         raise InputError(
@@ -188,6 +187,34 @@ def _open(path: str | os.PathLike[str], runs: Mapping[int, Config]) -> Path:
             "empty or new folder"
         )
     return folder
+
+
+def _folders(folder: Path) -> dict[int, Path]:
+    """The runs that ``folder`` holds, by their seeds, in order."""
+    found = (p.parent for p in folder.glob(f"seed*/{workdir.CONFIG}"))
+    numbers = {p: p.name.removeprefix("seed") for p in found}
+    return dict(sorted((int(text), p) for p, text in numbers.items() if text.isdecimal()))
+
+
+def _complete(folder: Path, dataset: Dataset) -> dict[int, tuple[dict[str, Any], np.ndarray]]:
+    """Summary and labels [n] of the complete runs in ``folder``, by their seeds.
+
+    Raises:
+        InputError: one of them is of other data.
+    """
+    found = {}
+    for seed, path in _folders(folder).items():
+        place = workdir.Workdir(path)
+        summary, assigned = results.read(place), place.read_assignments()
+        if summary is None or assigned is None:
+            continue
+        if len(assigned.cluster) != dataset.num_examples:
+            raise InputError(
+                f"--workdir={folder}: {path.name} is of {len(assigned.cluster):,} examples, these "
+                f"data have {dataset.num_examples:,}; restore them, or give a new --workdir"
+            )
+        found[seed] = summary, assigned.cluster
+    return found
 
 
 def _compare(

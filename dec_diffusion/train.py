@@ -37,7 +37,14 @@ from dec_diffusion.engine import TrainState
 from dec_diffusion.interrupt import Stop, StoppedError
 from dec_diffusion.method import DataSpec, Method, Phase, Pretrained
 from dec_diffusion.progress import Progress
-from dec_diffusion.trained import Run, build, kept_number, prepare, read_pretrained
+from dec_diffusion.trained import (
+    Run,
+    about_data,
+    build,
+    kept_number,
+    prepare,
+    read_pretrained,
+)
 from dec_diffusion.types import AUTO, InputError, PRNGKeyArray
 
 
@@ -206,7 +213,9 @@ def _run(
         StoppedError: the run was asked to stop; a checkpoint has been saved.
     """
     key, shard = jax.random.key(config.seed), config.train.shard_params
-    about = _about(dataset, spec, sampled=not data.resident)
+    # The checksum of some where there are too many to read them all at every start.
+    crc32 = reading.checksum(dataset.examples, sampled=not data.resident)
+    about = about_data(spec, dataset.offset, dataset.scale, dataset.columns, crc32=crc32)
     state, step, after = _start(method, key, parallel.first_batch(data), checkpoints, about)
     if after is None and spec.pretrained:
         state = _begin_with(state, spec.pretrained)
@@ -347,22 +356,6 @@ def _choose(
     return choice.chosen
 
 
-def _about(dataset: Dataset, spec: DataSpec, *, sampled: bool) -> dict[str, Any]:
-    """What a checkpoint must know of its data: to predict on others, and to resume on these.
-
-    The checksum is of all examples, or of some where there are too many to read at every start.
-    """
-    return {
-        "architecture": spec.pretrained and spec.pretrained.architecture,
-        "shape": dataset.example_shape,
-        "num_examples": dataset.num_examples,
-        "offset": np.asarray(dataset.offset),
-        "scale": np.asarray(dataset.scale),
-        "columns": dataset.columns,
-        "crc32": reading.checksum(dataset.examples, sampled=sampled),
-    }
-
-
 def _check_finite(
     metrics: dict[str, np.ndarray],
     state: TrainState,
@@ -447,10 +440,7 @@ def _report(
     if summary is None:
         if verbose:
             print("comparing with baselines and drawing pictures ...", flush=True)
-        history = place.read_metrics()
-        summary = results.write(
-            run, dataset, assignment, place, history=history, started=started, training=True
-        )
+        summary = results.write(run, dataset, assignment, place, home=place, started=started)
     if verbose:
         print(results.describe(summary, place.path), flush=True)
     return summary

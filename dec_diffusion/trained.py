@@ -8,6 +8,7 @@ import dataclasses
 import functools
 import os
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -139,20 +140,34 @@ def save(run: Run, path: str | os.PathLike[str]) -> workdir.Workdir:
     phase, last = list(run.method.phases.items())[-1]
     params = run.state.ema_params
     state = dataclasses.replace(run.state, params=params, opt_state=last.tx.init(params))
-    meta = {
-        "architecture": run.spec.pretrained and run.spec.pretrained.architecture,
-        "shape": run.spec.shape,
-        "num_examples": run.spec.num_examples,
-        "offset": run.offset,
-        "scale": run.scale,
-        "columns": run.columns,
-        "crc32": None,
-        "phase": phase,
-        "iteration": last.iterations,
-    }
+    about = about_data(run.spec, run.offset, run.scale, run.columns, crc32=None)
     with place.checkpoints() as checkpoints:
-        checkpoints.save(run.step, state, meta)
+        at = {"phase": phase, "iteration": last.iterations}
+        checkpoints.save(run.step, state, at | about)
     return place
+
+
+def about_data(
+    spec: DataSpec, offset: Any, scale: Any, columns: Sequence[str] | None, *, crc32: int | None
+) -> dict[str, Any]:
+    """What a checkpoint must know of its data: to predict on others, and to resume on these.
+
+    Args:
+        spec: their shape and number, and the architecture of a denoiser that was imported.
+        offset: of the data, as ``Run`` has it.
+        scale: likewise.
+        columns: likewise.
+        crc32: checksum of the examples; None for a run that is not to be resumed.
+    """
+    return {
+        "architecture": spec.pretrained and spec.pretrained.architecture,
+        "shape": spec.shape,
+        "num_examples": spec.num_examples,
+        "offset": np.asarray(offset),
+        "scale": np.asarray(scale),
+        "columns": columns,
+        "crc32": crc32,
+    }
 
 
 def prepare(dataset: Dataset, config: Config) -> parallel.Data:

@@ -101,9 +101,11 @@ def _is_writer() -> bool:
 
 
 class Assigned(NamedTuple):
-    """What ``assignments.csv`` says of every input.
+    """What ``assignments.csv`` says of every input, a column for each field.
 
     Attributes:
+        index: int64 [n], the row of the data set.
+        path: [n], the file it came from or its name in a table, "" where there is neither.
         cluster: int32 [n].
         probability: float32 [n], of that cluster.
         entropy: float32 [n], of the probabilities of all clusters, in nats.
@@ -111,6 +113,8 @@ class Assigned(NamedTuple):
             else its row in the training data; "" where there is none.
     """
 
+    index: np.ndarray
+    path: Sequence[str]
     cluster: np.ndarray
     probability: np.ndarray
     entropy: np.ndarray
@@ -205,25 +209,18 @@ class Workdir(NamedTuple):
             for k, x in arrays.items()
         }
 
-    def write_assignments(
-        self, index: Iterable[int], path: Iterable[str | os.PathLike[str]], assigned: Assigned
-    ) -> None:
+    def write_assignments(self, assigned: Assigned) -> None:
         """Writes ``assignments.csv``, one row per input in the order given.
 
-        Args:
-            index: The rows of the data set, [n].
-            path: The file each row came from or its name in a table, "" where there is neither,
-                [n].
-            assigned: The other columns; numbers are written with just the digits that their dtype
-                needs.
+        Numbers are written with just the digits that their dtype needs.
         """
 
         def text() -> Iterator[str]:
             out = io.StringIO()
             writer = csv.writer(out, lineterminator="\n")
-            writer.writerow(["index", "path", *Assigned._fields])
-            for i, p, c, q, h, name in zip(index, path, *assigned, strict=True):
-                writer.writerow([int(i), os.fspath(p), int(c), str(q), str(h), name])
+            writer.writerow(Assigned._fields)
+            for i, p, c, q, h, name in zip(*assigned, strict=True):
+                writer.writerow([int(i), p, int(c), str(q), str(h), name])
                 if out.tell() > _PART:
                     yield out.getvalue()
                     out.seek(0)
@@ -264,6 +261,8 @@ class Workdir(NamedTuple):
             with open(file, newline="", encoding="utf-8", errors="surrogateescape") as opened:
                 rows = list(csv.DictReader(opened))
             return Assigned(
+                np.array([int(r["index"]) for r in rows], np.int64),
+                [r["path"] for r in rows],
                 np.array([int(r["cluster"]) for r in rows], np.int32),
                 np.array([float(r["probability"]) for r in rows], np.float32),
                 np.array([float(r["entropy"]) for r in rows], np.float32),

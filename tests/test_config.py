@@ -8,6 +8,7 @@ import pathlib
 
 import pytest
 
+import dec_diffusion
 from dec_diffusion import config as configs
 from dec_diffusion.config import Config, TrainConfig
 from dec_diffusion.data import DataConfig
@@ -256,6 +257,12 @@ def test_configs_are_documented_and_their_runs_named_apart():
     assert len(names) == len(set(names))
     for file in SHIPPED:
         assert "--config=" in (module_of(file).__doc__ or ""), f"{file.name}: no command"
+
+
+def test_an_estimator_is_no_method():
+    config = Config(name="mine", method=dec_diffusion.ClusterDDPM(n_clusters=3))
+    with pytest.raises(InputError, match=r"--config\.method: ClusterDDPM holds no settings"):
+        configs.check(config)
 
 
 def test_every_field_is_described():

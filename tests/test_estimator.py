@@ -371,15 +371,21 @@ def test_saved_is_loaded(kind, tmp_path):
 def test_columns_keep_their_names(tmp_path):
     pa = pytest.importorskip("pyarrow")
     names = ("a", "b", "c")
-    lines = [",".join(names), *(",".join(map(str, row)) for row in POINTS[:, :3])]
+    rows = (f"row-{i}," + ",".join(map(str, row)) for i, row in enumerate(POINTS[:, :3]))
+    lines = ["name," + ",".join(names), *rows]
     (tmp_path / "table.csv").write_text("\n".join(lines) + "\n")
     config = tiny(NeuralMixture)._config(data.from_arrays(POINTS[:, :3]))
-    config.data.path = str(tmp_path / "table.csv")
+    config.data.path, config.data.limit = str(tmp_path / "table.csv"), 35
     train.fit(config, tmp_path / "run", verbose=0)
     model = dec_diffusion.load(tmp_path / "run")
     assert tuple(model.feature_names_in_) == names
     model.save(tmp_path / "saved")
     assert tuple(dec_diffusion.load(tmp_path / "saved").feature_names_in_) == names
+    kept, saved = (tmp_path / place / "assignments.csv" for place in ("run", "saved"))
+    assert kept.read_bytes() == saved.read_bytes()
+    index, path = zip(*(r.split(",")[:2] for r in saved.read_text().splitlines()[1:]), strict=True)
+    assert path == tuple(f"row-{i}" for i in index) and len(path) == 35
+    assert index != tuple(map(str, range(35)))
 
     def frame(names):
         return pa.table({name: POINTS[:, "abc".index(name)] for name in names})

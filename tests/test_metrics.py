@@ -146,6 +146,7 @@ def test_labels_of_several_types_stay_apart() -> None:
         ([0, 1], [[0, 1]], "labels_pred has shape"),
         ([0.0, float("nan")], [0, 1], "labels_true has missing values"),
         (np.array([0, None], object), [0, 1], "labels_true has missing values"),
+        (["a", float("nan")], [0, 1], "labels_true has missing values"),  # as NumPy has it: "nan"
     ],
 )
 def test_bad_labels_are_refused(t, p, message: str) -> None:

@@ -272,6 +272,14 @@ def test_other_modes_know_the_number(finished, run_python, named):
     with open(cwd / "run" / "predict" / "assignments.csv", encoding="utf-8") as file:
         found = [int(row["cluster"]) for row in csv.DictReader(file)]
     assert len(found) == 50 and set(found) <= set(range(4))
+    if named:
+        said = run_python(
+            MODULE, "--mode=evaluate", "--config.data.path=new.npy", "--workdir=run", cwd=cwd
+        ).stdout
+        # The picture of the choice is of the training, and not in this folder.
+        assert "of 4 clusters have members, chosen without labels\n" in said
+        text = (cwd / "run" / "evaluate" / "report.html").read_text()
+        assert "4 clusters chosen, " in text and "4 clusters asked for" not in text
     model = dec_diffusion.load(cwd / "run")
     assert model.n_clusters == model.n_clusters_ == 4
     assert model.predict(x).tolist() == found

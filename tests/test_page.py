@@ -99,6 +99,7 @@ def summary_of(dataset: Dataset, a: Assignment, k: int, name: str = "my run") ->
             "examples": dataset.num_examples,
             "shape": dataset.example_shape,
             "labels": dataset.labels is not None,
+            "trained_on": True,
         },
         "clusters": {"asked": k, "found": len(np.unique(a.labels)), "report": rows},
         "scores": scores,
@@ -266,6 +267,32 @@ def test_doubtful_results_are_said_to_be_so_with_a_remedy(what):
     assert all(word in " ".join(warned) for word in words), warned
     assert all("Remedy:" in w for w in warned)
     assert len(reader.all("article")) == 4
+
+
+NEW = {
+    "few of one group": (np.zeros(9, int), 0.9, []),
+    "some groups only": (EVEN % 2, 0.9, []),
+    "one group": (
+        np.zeros(20, int),
+        0.9,
+        ["Cluster 0 holds 100% of these", "differ from the data"],
+    ),
+    "unsure": (EVEN, 0.4, ["unsure", "trust only rows of assignments.csv"]),
+}
+
+
+@pytest.mark.parametrize("what", NEW)
+def test_new_data_that_lack_some_groups_call_for_no_other_training(what):
+    labels, probability, words = NEW[what]
+    dataset, _ = images(len(labels), labelled=False)
+    a = assigned(labels, 4, probability=probability)
+    summary = summary_of(dataset, a, 4)
+    summary["data"]["trained_on"] = False
+    # K-means on the features would find better groups, which a new training alone could use.
+    summary["baselines"] = {"kmeans_latents": {"scores": {"silhouette": 1.0}}}
+    said = " ".join(" ".join(notice) for notice in page.notices(summary, a))
+    assert bool(said) == bool(words) and all(word in said for word in words), said
+    assert not any(word in said for word in ("train longer", "seed", "num_clusters", "k-means"))
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """Pictures: the pixels are those of the images asked for, and odd inputs still draw."""
 
+import itertools
 import os
 import pathlib
 import subprocess
@@ -14,7 +15,7 @@ from sklearn.datasets import load_digits
 
 from dec_diffusion import report
 from dec_diffusion.metrics import contingency
-from dec_diffusion.report import latent, style, tables
+from dec_diffusion.report import history, latent, style, tables
 from dec_diffusion.types import InputError
 
 Path = pathlib.Path
@@ -282,6 +283,14 @@ def test_curves_draw_one_panel_per_group_with_data(tmp_path: Path) -> None:
     # 1, 3 and 5 panels.
     assert heights[1] - heights[0] > 200
     assert heights[2] - heights[1] == pytest.approx(heights[1] - heights[0], abs=3)
+
+
+def test_every_curve_is_of_a_figure_that_some_method_logs() -> None:
+    package = Path(report.__file__).parents[1]
+    files = [package / "engine.py", package / "metrics.py", *(package / "methods").glob("*.py")]
+    sources = "".join(file.read_text() for file in files)
+    for name in itertools.chain(*history.GROUPS.values()):
+        assert f'"{name}": ' in sources, name
 
 
 def test_curves_forget_what_a_resumed_run_repeated(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ import pytest
 from sklearn.metrics import adjusted_rand_score
 
 import dec_diffusion
-from dec_diffusion import main, options, seeds, train, trained
+from dec_diffusion import data, main, options, seeds, train, trained
 from dec_diffusion.command import load_config
 from dec_diffusion.seeds import Comparison
 from dec_diffusion.types import InputError
@@ -139,6 +139,17 @@ def test_finished_seeds_are_left_alone_and_more_may_join(compared, tmp_path, cap
     assert "4 seeds, mean and standard deviation" in out
     plain = json.loads((folder / "seeds.json").read_text())
     assert list(plain["runs"]) == ["seed0", "seed2", "seed4", "seed5"]
+    assert main.execute(["main", "--quiet", *SMALL, f"--workdir={folder}", "--seeds=1"]) == 0
+    plain = json.loads((folder / "seeds.json").read_text())
+    assert sorted(plain["runs"]) == ["seed0", "seed1", "seed2", "seed4", "seed5"]
+    assert contents() == before
+    labels = {s: np.array(labels_of(folder / f"seed{s}")) for s in (0, 1, 2, 4, 5)}
+    for s, expected in seeds.agreement(labels).items():
+        assert plain["runs"][f"seed{s}"]["agreement"] == pytest.approx(expected, abs=1e-12)
+    few = dataclasses.replace(data.load(CONFIG.data, verbose=0), labels=None)
+    few = dataclasses.replace(few, examples=few.examples[:90], rows=few.rows[:90])
+    with pytest.raises(InputError, match="seed0 is of 120 examples, these data have 90"):
+        seeds.fit_seeds(CONFIG, folder, [7], dataset=few, verbose=0)
     other = dataclasses.replace(CONFIG, method=dataclasses.replace(CONFIG.method, width=9))
     with pytest.raises(InputError, match=r"seed0.*another config: method\.width 8 -> 9"):
         seeds.fit_seeds(other, folder, [7])
@@ -146,9 +157,7 @@ def test_finished_seeds_are_left_alone_and_more_may_join(compared, tmp_path, cap
 
 
 def test_without_labels_nothing_else_changes(compared, tmp_path):
-    from dec_diffusion.data import load
-
-    dataset = dataclasses.replace(load(CONFIG.data), labels=None)
+    dataset = dataclasses.replace(data.load(CONFIG.data), labels=None)
     again = seeds.fit_seeds(CONFIG, tmp_path / "w", [4, 0], dataset=dataset, verbose=0)
     labels = [labels_of(compared.path / f"seed{s}") for s in (4, 0)]
     for s, found in again.scores.items():

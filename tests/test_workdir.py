@@ -168,9 +168,9 @@ def test_assignments_come_back_through_a_csv_reader(tmp_path):
     paths = ["", 'a,"b".png', "two\nlines", os.fsdecode(b"\xff.png"), "ü"]
     probability = np.array([1.0, 0.1, 1 / 3, 1e-9, 0.0], np.float32)
     cluster, entropy = np.array([3, 0, 1, 2, 0], np.int32), probability[::-1].copy()
-    assigned = Assigned(cluster, probability, entropy, paths[::-1])
+    assigned = Assigned(np.arange(5)[::-1], paths, cluster, probability, entropy, paths[::-1])
     assert work.read_assignments() is None
-    work.write_assignments(np.arange(5)[::-1], paths, assigned)
+    work.write_assignments(assigned)
     with open(
         tmp_path / "assignments.csv", newline="", encoding="utf-8", errors="surrogateescape"
     ) as file:
@@ -182,11 +182,11 @@ def test_assignments_come_back_through_a_csv_reader(tmp_path):
     np.testing.assert_array_equal([np.float32(r[3]) for r in rows], probability)
     read = work.read_assignments()
     assert read is not None
-    assert [x.dtype for x in read[:3]] == [np.int32, np.float32, np.float32]
+    assert [x.dtype for x in read[2:5]] == [np.int32, np.float32, np.float32]
     for x, y in zip(read, assigned, strict=True):
         np.testing.assert_array_equal(x, y)
     with pytest.raises(ValueError, match="longer"):
-        work.write_assignments([0, 1], ["", ""], assigned)
+        work.write_assignments(assigned._replace(index=np.arange(2)))
 
 
 def test_arrays_come_back_and_nothing_else_is_read(tmp_path):

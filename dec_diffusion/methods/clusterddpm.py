@@ -107,9 +107,12 @@ class ClusterDDPM:
         responsibilities: ``closed_form``, equation (3), or ``sampled``, equation (4).
         sampled_latents: fit the mixture to one sample of z per example, as the official code
             does, instead of to the posteriors.
-        rotate, shift, scale, shear, noise: bounds of the random view that the encoder sees,
-            see ``views.View``; all 0 switches views off.
-        flip: whether views may be mirrored.
+        rotate: degrees by which the encoder's view of an image is turned, at most.
+        shift: fraction of the image's size by which it is moved, likewise.
+        scale: relative change of its size, likewise.
+        shear: horizontal shear per unit of height, likewise.
+        flip: whether it may be mirrored left to right.
+        noise: standard deviation of Gaussian noise, in units of the inputs; all that vectors know.
         pretrain_iterations: of the first phase, which has no mixture.
         balance_iterations: EM iterations, before the others, in which the components are made to
             share the data equally; 0 leaves them out, which is right if group sizes differ
@@ -153,7 +156,7 @@ class ClusterDDPM:
     attention: tuple[int, ...] = ()
     dtype: Literal["float32", "bfloat16"] = "float32"
     unit_range: bool = False
-    noise_schedule: Literal["linear", "cosine"] = "cosine"
+    noise_schedule: schedule.Name = "cosine"
     num_steps: int = 1000
     zero_terminal: bool = True
     prediction: Literal["v", "eps", "x0"] = "v"
@@ -251,9 +254,8 @@ def log_snr_mean(s: ClusterDDPM, spec: DataSpec) -> float:
 
 
 def _schedule(s: ClusterDDPM) -> Schedule:
-    make = {"linear": schedule.linear, "cosine": schedule.cosine}[s.noise_schedule]
     # Index 0 is the cleanest step; the official schedule has one more beta than steps drawn.
-    grid = make(s.num_steps + 1)
+    grid = schedule.named(s.noise_schedule, s.num_steps + 1)
     return schedule.zero_terminal_snr(grid) if s.zero_terminal else grid
 
 

@@ -56,6 +56,7 @@ from dec_diffusion.method import (
     Phase,
     Rule,
     check_levels,
+    check_neighbours,
     check_settings,
 )
 from dec_diffusion.networks import denoiser_network, residual_map
@@ -161,7 +162,7 @@ class DiEC:
     blocks: int = 1
     attention: tuple[int, ...] = ()
     dtype: Literal["float32", "bfloat16"] = "float32"
-    noise_schedule: Literal["linear", "cosine"] = "linear"
+    noise_schedule: schedule.Name = "linear"
     num_steps: int = 1000
     prediction: Literal["eps", "v", "x0"] = "eps"
     held_out: float = 0.05
@@ -227,8 +228,8 @@ class DiEC:
             attention=self.attention,
             dtype=self.dtype,
         )
-        make = {"linear": schedule.linear, "cosine": schedule.cosine}[self.noise_schedule]
-        denoiser = Denoiser(network, make(self.num_steps), self.prediction)
+        grid = schedule.named(self.noise_schedule, self.num_steps)
+        denoiser = Denoiser(network, grid, self.prediction)
         return _method(self, denoiser, spec)
 
 
@@ -682,11 +683,7 @@ def _check_fit(s: DiEC, layers: tuple[str, ...], spec: DataSpec) -> None:
         raise InputError(
             f"--config.method.layer={s.layer}: choose one of {', '.join(layers)}, or none to search"
         )
-    if s.neighbours >= min(s.anchors, spec.num_examples):
-        raise InputError(
-            f"--config.method.neighbours={s.neighbours}: there are {spec.num_examples} examples "
-            f"and {s.anchors} anchors; ask for fewer neighbours"
-        )
+    check_neighbours(s.neighbours, s.anchors, spec)
 
 
 def _timesteps(s: DiEC, grid: Schedule) -> list[int]:

@@ -43,7 +43,15 @@ import jax.numpy as jnp
 import optax
 
 from dec_diffusion import communities, features, optimiser, spread, targets, views
-from dec_diffusion.method import DataSpec, EStage, Method, Phase, Rule, check_settings
+from dec_diffusion.method import (
+    DataSpec,
+    EStage,
+    Method,
+    Phase,
+    Rule,
+    check_neighbours,
+    check_settings,
+)
 from dec_diffusion.networks import Network, classifier_network
 from dec_diffusion.spread import Table
 from dec_diffusion.types import (
@@ -51,7 +59,6 @@ from dec_diffusion.types import (
     Batch,
     Count,
     Float,
-    InputError,
     Int,
     Metrics,
     Params,
@@ -91,10 +98,18 @@ class NeuralMixture:
         width: of the network's first level.
         hidden: features, the layer below the outputs.
         dtype: of activations, ``float32`` or ``bfloat16``; densities are always float32.
-        rotate, shift, scale, shear: bounds of the random affine part of a view, see
-            ``views.affine``; 0 switches a change off.
-        crop, flip, jitter, jitter_probability, grey, noise: the rest of a view, see
-            ``views.View``; vectors only know noise.
+        rotate: degrees by which a view of an image is turned, at most; 0 switches this off, as
+            it does with all changes down to ``noise``.
+        shift: fraction of the image's size by which it is moved, at most.
+        scale: relative change of its size, likewise.
+        shear: horizontal shear per unit of height, likewise.
+        crop: the largest share of its area that is cut away before it is enlarged again.
+        flip: whether it may be mirrored left to right.
+        jitter: relative change of brightness, contrast and saturation, at most; hue turns by a
+            quarter of it.
+        jitter_probability: share of images whose colours are changed at all.
+        grey: share of colour images that lose their colour.
+        noise: standard deviation of Gaussian noise, in units of the inputs; all that vectors know.
         iterations: after each, statistics are taken over all the data and a run reports.
         steps: gradient steps per iteration; 0 is one pass over the data.
         learning_rate: of Adam, after a warm-up over the first 50 steps.
@@ -665,8 +680,4 @@ def _check(s: NeuralMixture, spec: DataSpec) -> None:
         ("scale crop", lambda v: v < 1, "must be below 1"),
     ]
     check_settings(s, rules)
-    if s.neighbours >= min(s.anchors, spec.num_examples):
-        raise InputError(
-            f"--config.method.neighbours={s.neighbours}: there are {spec.num_examples} examples "
-            f"and {s.anchors} anchors; ask for fewer neighbours"
-        )
+    check_neighbours(s.neighbours, s.anchors, spec)

@@ -9,6 +9,8 @@ from dec_diffusion.page.markup import Html, tag
 from dec_diffusion.page.words import baseline_name, wanted
 
 _UNSURE = 0.7
+_HUGE = 0.9  # of all examples
+_FEW = 10  # examples, which may well be of one group
 _FARTHER = 0.1  # silhouette; that of healthy runs is within .03 of k-means' in the same space
 _BETTER = 0.02  # of NMI, from which on a baseline is not as good but better
 
@@ -30,11 +32,46 @@ def notices(
         assignment: of its examples.
         config: of the run; with it a remedy can name settings of its method.
     """
+    found = _sizes(summary) if summary["data"]["trained_on"] else _other_data(summary)
+    mean = float(assignment.probability.mean())
+    if mean < _UNSURE:
+        doubtful = float((assignment.probability < 0.5).mean())
+        what = f"Assignments are unsure: mean probability {mean:.2f}, and {doubtful:.0%} of the "
+        what += "examples have no cluster with a probability of one half."
+        remedy = "trust only rows of assignments.csv with a high probability"
+        if summary["data"]["trained_on"]:
+            remedy += "; try other numbers of clusters, or train longer"
+        found.append(Notice(what, f"{remedy}."))
+    # Beyond timestep 0, without any noise, there is nothing to try.
+    if summary.get("search", {}).get("boundary") and summary["search"]["timestep"]:
+        what = f"The search chose timestep {summary['search']['timestep']}, the first or last that "
+        what += "it tried: the best one may lie outside."
+        remedy = "look at the heat-map below; widen the search with "
+        remedy += "--config.method.largest_timestep."
+        found.append(Notice(what, remedy))
+    if summary["data"]["trained_on"]:
+        found += _torn(summary, config)
+    return found + _beaten(summary)
+
+
+def _other_data(summary: Mapping[str, Any]) -> list[Notice]:
+    """Of data that the method was not trained on, which may lack what its clusters stand for."""
+    largest = max(summary["clusters"]["report"], key=lambda r: r["share"])
+    if largest["share"] <= _HUGE or summary["data"]["examples"] < _FEW:
+        return []
+    what = f"Cluster {largest['cluster']} holds {largest['share']:.0%} of these data."
+    remedy = "unless they are that uneven, they differ from the data of the training: compare "
+    remedy += "their pictures and units, or train on them too."
+    return [Notice(what, remedy)]
+
+
+def _sizes(summary: Mapping[str, Any]) -> list[Notice]:
+    """Of clusters that are empty, tiny or huge."""
     rows, asked = summary["clusters"]["report"], summary["clusters"]["asked"]
     fewer = "ask for fewer with --config.method.num_clusters"
     empty = [r["cluster"] for r in rows if not r["size"]]
     tiny = [r["cluster"] for r in rows if r["size"] and r["share"] < 0.1 / asked]
-    huge = [r for r in rows if r["share"] > min(0.9, max(0.5, 3 / asked))]
+    huge = [r for r in rows if r["share"] > min(_HUGE, max(0.5, 3 / asked))]
     found = []
     if empty:
         what = f"{_named(empty)} {_are(empty)} empty: {asked} were {wanted(summary)}, "
@@ -49,22 +86,7 @@ def notices(
         remedy = "this is collapse unless the data are that uneven: try another --config.seed, "
         remedy += "train longer, or change --config.method.num_clusters."
         found.append(Notice(what, remedy))
-    mean = float(assignment.probability.mean())
-    if mean < _UNSURE:
-        doubtful = float((assignment.probability < 0.5).mean())
-        what = f"Assignments are unsure: mean probability {mean:.2f}, and {doubtful:.0%} of the "
-        what += "examples have no cluster with a probability of one half."
-        remedy = "trust only rows of assignments.csv with a high probability; try other numbers "
-        remedy += "of clusters, or train longer."
-        found.append(Notice(what, remedy))
-    # Beyond timestep 0, without any noise, there is nothing to try.
-    if summary.get("search", {}).get("boundary") and summary["search"]["timestep"]:
-        what = f"The search chose timestep {summary['search']['timestep']}, the first or last that "
-        what += "it tried: the best one may lie outside."
-        remedy = "look at the heat-map below; widen the search with "
-        remedy += "--config.method.largest_timestep."
-        found.append(Notice(what, remedy))
-    return found + _torn(summary, config) + _beaten(summary)
+    return found
 
 
 def _torn(summary: Mapping[str, Any], config: Config | None) -> list[Notice]:
