@@ -20,7 +20,7 @@ import jax
 from dec_diffusion import config as configs
 from dec_diffusion import data, distributed, reading, report, results, seeds, train, workdir
 from dec_diffusion.config import Config
-from dec_diffusion.data import DataConfig, Dataset
+from dec_diffusion.data import DataConfig, Dataset, cache
 from dec_diffusion.distributed import Pod
 from dec_diffusion.evaluate import Assignment
 from dec_diffusion.interrupt import Stop
@@ -115,10 +115,9 @@ def _keep_compiled_programs() -> None:
 
     Compiling is most of the start of a run on a CPU; a resumed run finds its programs here.
     """
-    if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
-        cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-        folder = cache / "dec_diffusion" / "jax" / _cpu()
-        jax.config.update("jax_compilation_cache_dir", str(folder))
+    own = cache.user_folder()
+    if "JAX_COMPILATION_CACHE_DIR" not in os.environ and own is not None:
+        jax.config.update("jax_compilation_cache_dir", str(own / "jax" / _cpu()))
         # All of them: dozens of small ones add up to a second of every start.
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     # An entry that a kill cut short is compiled again, and a folder that cannot be written only

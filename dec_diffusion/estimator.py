@@ -15,6 +15,7 @@ import math
 import numbers
 import os
 import re
+import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, ClassVar, Literal, NamedTuple, Self, cast
@@ -243,7 +244,9 @@ class _Estimator(ClassNamePrefixFeaturesOutMixin, TransformerMixin, ClusterMixin
         seed = self._run.config.seed if random_state is None else random_state
         x = results.generate(self._run, n_samples, cluster=cluster, seed=seed)
         if cluster is None:
-            return x, self.predict(x)
+            # As it is: what it made needs no checks, and has no names of features.
+            made = data.from_arrays(x, source="samples", name="samples", columns=self._run.columns)
+            return x, trained.assign(self._run, made).labels
         return x, np.full(n_samples, cluster, np.int32)
 
     def _assign(self, X: ArrayLike) -> evaluate.Assignment:
@@ -271,6 +274,8 @@ class _Estimator(ClassNamePrefixFeaturesOutMixin, TransformerMixin, ClusterMixin
     def _refuse_one_image(self, X: Any) -> None:
         """One image [h, w] would be taken for h vectors, and [h, w, c] for h images."""
         shape, own = self._run.spec.shape, getattr(X, "shape", None)
+        if shape == (1, 1, 1):  # all readings are the same
+            return
         if len(shape) == 3 and own is not None and shape in (tuple(own), (*own, 1)):
             raise InputError(f"X has the shape {tuple(own)} of one example: give X[None]")
 
@@ -581,7 +586,7 @@ class DiEC(_Estimator):
         the distance to all centres; the kernels are not normalised, so it is no likelihood of
         the example, and not comparable between fits.
         """
-        z = self.transform(X).astype(np.float64)
+        z = self._assign(X).embedding.astype(np.float64)  # transform may give a data frame
         centers = np.asarray(self._run.state.ema_params["centers"], np.float64)
         k, alpha = len(centers), self._run.config.method.freedom
         square = np.square(z[:, None] - centers).sum(-1)
@@ -621,12 +626,25 @@ def _settled(history: list[dict[str, Any]], name: str) -> bool:
 @contextlib.contextmanager
 def _in_terms_of_parameters() -> Iterator[None]:
     """Messages name options of the command line; here they name parameters instead."""
+    show = warnings.showwarning
+
+    def translate(message: Warning | str, category: type[Warning], *where: Any) -> None:
+        text = _translated(str(message))
+        show(message if text == str(message) else category(text), category, *where)
+
+    warnings.showwarning = translate
     try:
         yield
     except (InputError, NonFiniteLossError) as error:
-        text = re.sub(r"--config\.method\.num_clusters", "n_clusters", str(error))
-        text = re.sub(r"--config\.method\.(\w+)", r"settings['\1']", text)
-        text = re.sub(r"--config\.train\.(\w+)", r"\1", text)
-        text = re.sub(r"--config\.seed", "random_state", text)
-        text = re.sub(r"--config\.data\b", "X", text)
-        raise type(error)(text.replace("--workdir", "workdir")) from None
+        raise type(error)(_translated(str(error))) from None
+    finally:
+        warnings.showwarning = show
+
+
+def _translated(message: str) -> str:
+    text = re.sub(r"--config\.method\.num_clusters", "n_clusters", message)
+    text = re.sub(r"--config\.method\.(\w+)", r"settings['\1']", text)
+    text = re.sub(r"--config\.train\.(\w+)", r"\1", text)
+    text = re.sub(r"--config\.seed", "random_state", text)
+    text = re.sub(r"--config\.data\b", "X", text)
+    return text.replace("--workdir", "workdir")

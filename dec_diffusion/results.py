@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dec_diffusion import evaluate, metrics, page, progress, prototypes, report
+from dec_diffusion import evaluate, metrics, page, progress, prototypes, reading, report
 from dec_diffusion.data import Dataset
 from dec_diffusion.data.dataset import few_rows
 from dec_diffusion.evaluate import Assignment
@@ -56,6 +56,7 @@ def write(
         started: ``time.monotonic()`` when the command began.
     """
     training, history, choice = place == home, home.read_metrics(), home.read_json(CHOICE)
+    checksum = reading.checksum(dataset.examples, sampled=True)
     if training:
         known = prototypes.choose(dataset, assignment)
         write_prototypes(known, place)
@@ -70,7 +71,8 @@ def write(
             "examples": dataset.num_examples,
             "shape": dataset.example_shape,
             "labels": truth is not None,
-            "trained_on": training,
+            "checksum": checksum,
+            "trained_on": training or checksum == _checksum(read(home)),
         },
         "clusters": {
             "asked": num_clusters,
@@ -163,6 +165,10 @@ def _search(run: Run, found: Findings, truth: np.ndarray | None, place: Workdir)
             place.path / "generated_before.png", before, "Generated before fine-tuning"
         )
     return chosen
+
+
+def _checksum(summary: Mapping[str, Any] | None) -> int | None:
+    return summary["data"].get("checksum") if summary else None
 
 
 def read(place: Workdir) -> dict[str, Any] | None:

@@ -17,14 +17,14 @@ import csv
 import dataclasses
 import io
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from dec_diffusion import config as configs
-from dec_diffusion import data, metrics, page, progress, results, train, workdir
+from dec_diffusion import data, metrics, page, progress, reading, results, train, workdir
 from dec_diffusion.config import Config
 from dec_diffusion.data import Dataset
 from dec_diffusion.interrupt import Stop
@@ -94,7 +94,7 @@ def fit_seeds(
     if dataset is None:
         k = configs.resolved(config, 2).method.num_clusters  # every seed may choose its own
         data.check_clusters(given, k)
-    _complete(folder, given)  # refuses those of other data, before any training
+    _complete(folder, given)  # refuses those of other data
     summaries: dict[int, dict[str, Any]] = {}
     labels: dict[int, np.ndarray] = {}
     failed: dict[int, str] = {}
@@ -109,10 +109,12 @@ def fit_seeds(
             failed[seed] = str(error)
             continue
         summaries[seed], labels[seed] = result.summary, result.assignment.labels
-    for seed, (summary, own) in _complete(folder, given).items():
-        if seed not in runs:
+    for seed, summary in _complete(folder, given).items():
+        own = None if seed in runs else workdir.Workdir(folder / name(seed)).read_clusters()
+        if own is not None:
             summaries[seed], labels[seed] = summary, own
-    comparison = _compare(folder, config, summaries, labels, failed) if summaries else None
+    lost = _failed_before(folder, but={*runs, *summaries}) | failed
+    comparison = _compare(folder, config, summaries, labels, lost) if summaries else None
     if comparison and verbose:
         print(describe(comparison), flush=True)
     for seed, message in failed.items():
@@ -196,25 +198,32 @@ def _folders(folder: Path) -> dict[int, Path]:
     return dict(sorted((int(text), p) for p, text in numbers.items() if text.isdecimal()))
 
 
-def _complete(folder: Path, dataset: Dataset) -> dict[int, tuple[dict[str, Any], np.ndarray]]:
-    """Summary and labels [n] of the complete runs in ``folder``, by their seeds.
+def _complete(folder: Path, dataset: Dataset) -> dict[int, dict[str, Any]]:
+    """The summaries of the complete runs in ``folder``, by their seeds.
 
     Raises:
         InputError: one of them is of other data.
     """
-    found = {}
+    found, own = {}, reading.checksum(dataset.examples, sampled=True)
     for seed, path in _folders(folder).items():
-        place = workdir.Workdir(path)
-        summary, assigned = results.read(place), place.read_assignments()
-        if summary is None or assigned is None:
+        summary = results.read(workdir.Workdir(path))
+        if summary is None:
             continue
-        if len(assigned.cluster) != dataset.num_examples:
+        about = summary["data"]
+        if about["examples"] != dataset.num_examples or about.get("checksum", own) != own:
             raise InputError(
-                f"--workdir={folder}: {path.name} is of {len(assigned.cluster):,} examples, these "
-                f"data have {dataset.num_examples:,}; restore them, or give a new --workdir"
+                f"--workdir={folder}: {path.name} is of other data ({about['examples']:,} "
+                f"examples, these are {dataset.num_examples:,}; or their values differ); restore "
+                "them, or give a new --workdir"
             )
-        found[seed] = summary, assigned.cluster
+        found[seed] = summary
     return found
+
+
+def _failed_before(folder: Path, but: Collection[int]) -> dict[int, str]:
+    """Seeds of earlier calls of which no run is left to compare, and why."""
+    told = (workdir.Workdir(folder).read_json(workdir.SEEDS) or {}).get("failed", {})
+    return {s: told[name(s)] for s in _folders(folder) if name(s) in told and s not in but}
 
 
 def _compare(

@@ -118,6 +118,7 @@ def fit(
         # All other settings are checked before K is chosen: any K that the data allow will do.
         asked, config = config, configs.resolved(config, 2)
         sources.check_clusters(dataset, config.method.num_clusters, least=least)
+        sources.warn_of_rounding(dataset)
         n = dataset.num_examples
         spec = DataSpec(dataset.example_shape, n, config.train.batch(n))
         spec = spec._replace(pretrained=read_pretrained(config, spec))

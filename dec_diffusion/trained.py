@@ -29,6 +29,9 @@ from dec_diffusion.types import AUTO, InputError
 
 _UNITS = 2.0
 """How many times wider or narrower values must range to be taken for other units."""
+_UNITS_OF_FEW = 8.0
+"""How many times narrower those of a few images, which may all be dim."""
+_FEW = 100
 
 
 class Run(NamedTuple):
@@ -207,7 +210,8 @@ def rescaled(run: Run, dataset: Dataset) -> Dataset:
         )
     apart = float(np.max(own.scale / np.max(run.scale))) if own.is_image else 1.0
     # A constant has no range, whatever its units.
-    if not 1 / _UNITS <= apart <= _UNITS and _varies(own):
+    narrower = _UNITS_OF_FEW if own.num_examples < _FEW else _UNITS
+    if not 1 / narrower <= apart <= _UNITS and _varies(own):
         warnings.warn(
             f"{own.name}: its values span {_span(own.offset, own.scale)}, those of the "
             f"training data {_span(run.offset, run.scale)}; give data in the same units",

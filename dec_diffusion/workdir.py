@@ -25,12 +25,15 @@ apart starts the JAX backend.
 import contextlib
 import csv
 import io
+import itertools
 import json
 import math
 import os
 import pathlib
 import platform
+import re
 import warnings
+from array import array
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, TextIO
 
@@ -58,18 +61,20 @@ _MISSING = object()
 
 # -- small files --
 
-_PART = 2**20
+_SPECIAL = re.compile(r'[,"\r\n]')
+_TEMPORARY = re.compile(rf"\.{re.escape(CONFIG)}\.(\d+\.)?tmp")
 
 
 def _write_atomic(path: pathlib.Path, content: str | bytes | Iterable[str]) -> None:
     """Replaces ``path`` by ``content`` in one step; what was there stays until that step.
 
-    Long texts come in parts, so that they are never in memory as a whole.
+    Long texts come in parts, say lines, so that they are never in memory as a whole.
 
     File names that are not valid UTF-8 come back from Python with surrogates, and are written as
     the bytes they were.
     """
-    temporary = path.with_name(f".{path.name}.tmp")
+    # Processes that share the seeds of a folder may write its files at the same time.
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     with open(temporary, "wb") as file:
         if isinstance(content, bytes):
             file.write(content)
@@ -119,6 +124,15 @@ class Assigned(NamedTuple):
     probability: np.ndarray
     entropy: np.ndarray
     prototype: Sequence[str]
+
+
+_NUMBERS = {"index": "q", "cluster": "i", "probability": "f", "entropy": "f"}
+_READ: dict[str | None, Any] = {"q": int, "i": int, "f": float, None: str}
+
+
+def _field(text: str) -> str:
+    """One field of a table, in quotes where a reader would take a part of it for its end."""
+    return '"' + text.replace('"', '""') + '"' if _SPECIAL.search(text) else text
 
 
 class Workdir(NamedTuple):
@@ -214,21 +228,14 @@ class Workdir(NamedTuple):
 
         Numbers are written with just the digits that their dtype needs.
         """
-
-        def text() -> Iterator[str]:
-            out = io.StringIO()
-            writer = csv.writer(out, lineterminator="\n")
-            writer.writerow(Assigned._fields)
-            for i, p, c, q, h, name in zip(*assigned, strict=True):
-                writer.writerow([int(i), p, int(c), str(q), str(h), name])
-                if out.tell() > _PART:
-                    yield out.getvalue()
-                    out.seek(0)
-                    out.truncate()
-            yield out.getvalue()
-
         if _is_writer():
-            _write_atomic(self.path / ASSIGNMENTS, text())
+            rows = zip(*assigned, strict=True)
+            lines = (
+                f"{i!s},{_field(path)},{c!s},{q!s},{h!s},{_field(prototype)}\n"
+                for i, path, c, q, h, prototype in rows
+            )
+            head = ",".join(Assigned._fields) + "\n"
+            _write_atomic(self.path / ASSIGNMENTS, itertools.chain([head], lines))
 
     def append_metrics(self, record: Mapping[str, Any]) -> None:
         """Appends one record to ``metrics.jsonl``; it is with the system when this returns."""
@@ -256,20 +263,42 @@ class Workdir(NamedTuple):
 
     def read_assignments(self) -> Assigned | None:
         """What ``write_assignments`` wrote; None if the file is not there, or damaged."""
+        found = self._columns(Assigned._fields)
+        return None if found is None else Assigned(**found)
+
+    def read_clusters(self) -> np.ndarray | None:
+        """Of ``read_assignments`` the clusters alone, int32 [n]."""
+        found = self._columns(["cluster"])
+        return None if found is None else found["cluster"]
+
+    def _columns(self, names: Sequence[str]) -> dict[str, Any] | None:
+        """Columns of ``assignments.csv``, in no more memory than they take."""
+        found: dict[str, Any] = {n: array(_NUMBERS[n]) if n in _NUMBERS else [] for n in names}
+        reads = [
+            (column, Assigned._fields.index(name), _READ[_NUMBERS.get(name)])
+            for name, column in found.items()
+        ]
+        limit = csv.field_size_limit(2**31 - 1)  # a name in a table may be a whole text
         try:
-            file = self.path / ASSIGNMENTS
-            with open(file, newline="", encoding="utf-8", errors="surrogateescape") as opened:
-                rows = list(csv.DictReader(opened))
-            return Assigned(
-                np.array([int(r["index"]) for r in rows], np.int64),
-                [r["path"] for r in rows],
-                np.array([int(r["cluster"]) for r in rows], np.int32),
-                np.array([float(r["probability"]) for r in rows], np.float32),
-                np.array([float(r["entropy"]) for r in rows], np.float32),
-                [r["prototype"] for r in rows],
-            )
-        except (FileNotFoundError, KeyError, TypeError, ValueError):
+            with open(
+                self.path / ASSIGNMENTS, newline="", encoding="utf-8", errors="surrogateescape"
+            ) as file:
+                rows = csv.reader(file)
+                if next(rows, None) != list(Assigned._fields):
+                    return None
+                for row in rows:
+                    if len(row) != len(Assigned._fields):
+                        return None
+                    for column, place, read in reads:
+                        column.append(read(row[place]))
+        except (FileNotFoundError, ValueError, csv.Error):
             return None
+        finally:
+            csv.field_size_limit(limit)
+        return {
+            n: column if isinstance(column, list) else np.asarray(column)
+            for n, column in found.items()
+        }
 
 
 class Memory:
@@ -442,7 +471,7 @@ def _read_config(folder: pathlib.Path) -> dict[str, Any] | None:
 
 def _check_unused(path: str | os.PathLike[str], folder: pathlib.Path) -> None:
     # A run killed while it wrote its config leaves only the temporary file.
-    names = sorted({entry.name for entry in folder.iterdir()} - {f".{CONFIG}.tmp"})
+    names = sorted(e.name for e in folder.iterdir() if not _TEMPORARY.fullmatch(e.name))
     if names:
         more = ", ..." if len(names) > 3 else ""
         raise InputError(

@@ -204,6 +204,13 @@ def test_by_default_only_large_results_are_kept(tmp_path, folder, monkeypatch):
     assert cache.locate("none", folder, (), ()) is None
 
 
+def test_a_user_without_a_home_keeps_nothing(folder, monkeypatch):
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setattr("os.path.expanduser", lambda path: path)
+    assert cache.user_folder() is None
+    assert cache.locate("auto", folder, (), ()) is None
+
+
 def test_parquet_images_are_kept_too(tmp_path):
     pa = pytest.importorskip("pyarrow")
     import pyarrow.parquet as pq

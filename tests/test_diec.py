@@ -14,6 +14,7 @@ from dec_diffusion.config import Config, TrainConfig
 from dec_diffusion.data import DataConfig
 from dec_diffusion.features import pooled
 from dec_diffusion.method import DataSpec, Pretrained
+from dec_diffusion.methods import diec
 from dec_diffusion.methods.diec import DiEC
 from dec_diffusion.networks import diffusers
 from dec_diffusion.options import parse
@@ -526,6 +527,15 @@ def test_finished_run_is_left_alone_and_loads(finished, capsys):
     np.testing.assert_array_equal(
         trained.assign(run, result.dataset).labels, result.assignment.labels
     )
+
+
+@pytest.mark.parametrize("first", [0, 10**6, 2 * 10**7, 2**31 - 2000])
+def test_held_out_examples_of_any_row_get_all_timesteps(first):
+    share = np.asarray(diec._even(jnp.arange(first, first + 1000)))
+    assert share.min() >= 0 and share.max() < 1
+    # The largest gap between 1,000 multiples of the golden ratio is under 1 / 377.
+    assert np.diff(np.sort(share)).max() < 1 / 377
+    np.testing.assert_array_equal(share[:2], np.asarray(diec._even(jnp.array([first, first + 1]))))
 
 
 def test_phase_ends_when_labels_settle(tmp_path):

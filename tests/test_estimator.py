@@ -1,5 +1,6 @@
 """The estimators: scikit-learn's own checks, and what they promise beyond."""
 
+import copy
 import csv
 import functools
 import pickle
@@ -32,7 +33,7 @@ from dec_diffusion import (
     train,
     trained,
 )
-from dec_diffusion.estimator import _Estimator
+from dec_diffusion.estimator import _Estimator, _in_terms_of_parameters
 from dec_diffusion.types import InputError
 from dec_diffusion.workdir import Workdir
 
@@ -272,7 +273,9 @@ def test_the_density_of_a_neural_mixture_integrates_to_one():
 def test_the_score_of_diec_normalises_its_assignments():
     model = fitted(DiEC, "points")
     square = euclidean_distances(model.transform(POINTS), model.cluster_centers_, squared=True)
-    joint = model.predict_proba(POINTS) * 2 * np.exp(model.score_samples(POINTS))[:, None]
+    framed = copy.copy(model)
+    framed.transform = lambda X: {}  # as of set_output, no array
+    joint = model.predict_proba(POINTS) * 2 * np.exp(framed.score_samples(POINTS))[:, None]
     np.testing.assert_allclose(joint, (1 + square / 2) ** -1.5, rtol=1e-3)  # alpha is 2
 
 
@@ -295,6 +298,22 @@ def test_samples_are_in_the_units_of_the_data(kind, form):
     np.testing.assert_array_equal(model.sample(3, cluster=1)[1], [1, 1, 1])
     with pytest.raises(InputError, match="cluster=2"):
         model.sample(cluster=2)
+
+
+def test_samples_of_a_data_frame_come_without_a_warning():
+    model = copy.copy(fitted(ClusterDDPM, "points"))
+    model.feature_names_in_ = np.array(["a", "b", "c"], object)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert len(model.sample(2)[1]) == 2
+
+
+def test_warnings_name_parameters():
+    sizes = {"clusters_nonempty": 2, "largest_share": 0.5}
+    with pytest.warns(train.EmptyClusterWarning, match=r"ask for fewer with n_clusters, or train"):
+        with _in_terms_of_parameters():
+            train._warn_of_sizes(sizes, 3, 1)
+    assert warnings.showwarning.__module__ != "dec_diffusion.estimator"
 
 
 def test_a_neural_mixture_says_that_it_does_not_generate():

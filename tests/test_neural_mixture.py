@@ -311,6 +311,8 @@ def test_the_prior_is_the_mean_assignment():
     none = jnp.zeros_like(gamma).at[..., 0].set(1.0)
     prior = jnp.exp(nm.update_prior(old, none, weight, rate=1.0, floor=0.2))
     np.testing.assert_allclose(prior[:, 1:], 0.04 / 1.16, atol=1e-12)
+    starved = nm.update_prior(old, none, weight, rate=1.0)
+    assert jnp.isfinite(nm.em_loss(none, starved + jnp.zeros_like(none), weight)).all()
     slope = jax.grad(lambda p: nm.update_prior(p, gamma, weight, rate=0.3).sum())(old)
     assert (slope == 0).all()
 

@@ -121,6 +121,10 @@ def test_the_folder_of_all_stands_for_the_run_kept(compared, tmp_path):
     kept = folder / f"seed{compared.best}"
     written = kept / "predict" / "assignments.csv"
     assert written.read_bytes() == (kept / "assignments.csv").read_bytes()
+    assert main.execute(["main", "--quiet", "--mode=evaluate", f"--workdir={folder}"]) == 0
+    again = json.loads((kept / "evaluate" / "summary.json").read_text())["data"]
+    assert again["trained_on"]
+    assert again == json.loads((kept / "summary.json").read_text())["data"]
 
 
 def test_finished_seeds_are_left_alone_and_more_may_join(compared, tmp_path, capsys):
@@ -146,10 +150,12 @@ def test_finished_seeds_are_left_alone_and_more_may_join(compared, tmp_path, cap
     labels = {s: np.array(labels_of(folder / f"seed{s}")) for s in (0, 1, 2, 4, 5)}
     for s, expected in seeds.agreement(labels).items():
         assert plain["runs"][f"seed{s}"]["agreement"] == pytest.approx(expected, abs=1e-12)
-    few = dataclasses.replace(data.load(CONFIG.data, verbose=0), labels=None)
-    few = dataclasses.replace(few, examples=few.examples[:90], rows=few.rows[:90])
-    with pytest.raises(InputError, match="seed0 is of 120 examples, these data have 90"):
-        seeds.fit_seeds(CONFIG, folder, [7], dataset=few, verbose=0)
+    own = data.load(CONFIG.data, verbose=0)
+    x = np.asarray(own.examples)
+    for other_values in (x[:90], x[::-1]):
+        other_data = dataclasses.replace(own, examples=other_values, labels=None)
+        with pytest.raises(InputError, match=r"seed0 is of other data \(120 examples"):
+            seeds.fit_seeds(CONFIG, folder, [7], dataset=other_data, verbose=0)
     other = dataclasses.replace(CONFIG, method=dataclasses.replace(CONFIG.method, width=9))
     with pytest.raises(InputError, match=r"seed0.*another config: method\.width 8 -> 9"):
         seeds.fit_seeds(other, folder, [7])
@@ -169,6 +175,18 @@ def test_without_labels_nothing_else_changes(compared, tmp_path):
     said = seeds.describe(again)
     assert "ACC" not in said
     assert f"kept: seed {again.best}, of two the one with the larger silhouette" in said
+
+
+def test_a_seed_that_failed_before_is_remembered(compared, tmp_path):
+    folder = pathlib.Path(shutil.copytree(compared.path, tmp_path / "w"))
+    plain = json.loads((folder / "seeds.json").read_text())
+    plain["failed"] = {"seed4": "its loss was not finite", "seed0": "so it was"}
+    (folder / "seeds.json").write_text(json.dumps(plain))
+    (folder / "seed4" / "summary.json").unlink()
+    (folder / "seed4" / "assignments.csv").unlink()
+    found = seeds.fit_seeds(CONFIG, folder, [2], verbose=0)
+    assert found.summary["failed"] == {"seed4": "its loss was not finite"}
+    assert sorted(found.scores) == [0, 2]
 
 
 def test_a_seed_that_fails_is_told_and_the_others_count(tmp_path):

@@ -58,7 +58,7 @@ def test_a_foreign_folder_is_refused_and_left_alone(tmp_path):
 
 
 def test_a_run_killed_while_writing_its_config_can_start(tmp_path):
-    (tmp_path / ".config.json.tmp").write_text('{"seed"')
+    (tmp_path / ".config.json.123.tmp").write_text('{"seed"')
     open_workdir(tmp_path, CONFIG)
     assert read_config(tmp_path)["seed"] == 0
 
@@ -187,6 +187,21 @@ def test_assignments_come_back_through_a_csv_reader(tmp_path):
         np.testing.assert_array_equal(x, y)
     with pytest.raises(ValueError, match="longer"):
         work.write_assignments(assigned._replace(index=np.arange(2)))
+
+
+def test_any_name_of_a_row_comes_back(tmp_path):
+    work = open_workdir(tmp_path, CONFIG)
+    names = ["x" * 200_000, "a\rb", "\r\n", '"', ",", " ", "", "\x00"]
+    n = len(names)
+    numbers = np.arange(n, dtype=np.float32)
+    work.write_assignments(Assigned(np.arange(n), names, np.arange(n), numbers, numbers, names))
+    read = work.read_assignments()
+    assert read is not None and (read.path, read.prototype) == (names, names)
+    np.testing.assert_array_equal(work.read_clusters(), np.arange(n))
+    lines = (tmp_path / "assignments.csv").read_text().replace("prototype", "nearest", 1)
+    for damaged in (lines, "index,path\n0,\n", "", lines[:-3]):
+        (tmp_path / "assignments.csv").write_text(damaged)
+        assert work.read_assignments() is None and work.read_clusters() is None
 
 
 def test_arrays_come_back_and_nothing_else_is_read(tmp_path):

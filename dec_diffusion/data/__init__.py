@@ -10,6 +10,7 @@ from dec_diffusion.data.dataset import (
     Dataset,
     check_clusters,
     from_arrays,
+    warn_of_rounding,
     with_columns,
     with_scaling,
 )
@@ -24,6 +25,7 @@ __all__ = [
     "column_names",
     "from_arrays",
     "load",
+    "warn_of_rounding",
     "with_columns",
     "with_scaling",
 ]

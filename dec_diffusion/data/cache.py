@@ -88,12 +88,10 @@ def locate(
       options: everything else that decides what decoding gives.
       stamps: path, bytes and time of change in nanoseconds of every file, as ``stamp`` gives.
     """
-    if option == "none":
+    own = user_folder() if option == "auto" else None
+    if option == "none" or (option == "auto" and own is None):
         return None
-    if option == "auto":
-        root = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "dec_diffusion" / "images"
-    else:
-        root = Path(option)
+    root = own / "images" if own else Path(option)
     source = Path(os.path.abspath(source.expanduser()))
     which = hashlib.sha256(repr((str(source), *options)).encode())
     files = hashlib.sha256(str(_VERSION).encode())
@@ -102,6 +100,12 @@ def locate(
     name = re.sub(r"[^A-Za-z0-9._-]", "_", source.name)[:40].strip(".") or "images"
     entry = f"{name}-{which.hexdigest()[:12]}-{files.hexdigest()[:20]}"
     return Cache(root.expanduser() / entry, always=option != "auto")
+
+
+def user_folder() -> Path | None:
+    """Where this package may keep files between commands; None for a user without a home."""
+    root = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    return None if root.startswith("~") else Path(root) / "dec_diffusion"
 
 
 def stamp(path: str | os.PathLike[str]) -> tuple[str, int, int]:

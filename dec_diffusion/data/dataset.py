@@ -112,8 +112,6 @@ def from_arrays(
             )
     _check_values(examples, rows, source)
     offset, scale = _image_scaling(examples, nominal) if examples.ndim == 4 else _moments(examples)
-    if examples.ndim == 2:
-        _warn_of_rounding(np.asarray(offset), np.asarray(scale), columns, source)
     return Dataset(
         name=name,
         examples=examples,
@@ -169,6 +167,34 @@ def with_columns(dataset: Dataset, columns: Sequence[str] | None) -> Dataset:
         scale=np.asarray(dataset.scale)[places],
         columns=tuple(columns),
     )
+
+
+def warn_of_rounding(dataset: Dataset) -> None:
+    """Warn of a feature so far from zero, as times in seconds are, that float32 blurs it.
+
+    For data to train on: of a few rows the deviations say nothing.
+    """
+    if dataset.is_image:
+        return
+    mean, deviation = np.asarray(dataset.offset), np.asarray(dataset.scale)
+    step = np.spacing(np.abs(mean))
+    blurred = np.flatnonzero(step > _ROUNDED * deviation).tolist()
+    lost = [j for j in blurred if _varies(dataset.examples, j)]
+    if lost:
+        first = lost[0]
+        name = dataset.columns[first] if dataset.columns else first + 1
+        more = f" (and {len(lost) - 1} more like it)" if len(lost) > 1 else ""
+        warnings.warn(
+            f"{dataset.name}: column {name} has values around {mean[first]:.4g} in steps of"
+            f" {step[first]:.2g}, as float32 rounds them{more}; subtract its smallest value first,"
+            " or leave it out",
+            stacklevel=3,
+        )
+
+
+def _varies(vectors: Rows, column: int) -> bool:
+    first = vectors[0][column]
+    return any((part[:, column] != first).any() for _, part in chunks(vectors))
 
 
 def choose_rows(num_examples: int, limit: int | None) -> np.ndarray:
@@ -294,24 +320,6 @@ def _image_scaling(
         low, high = nominal
     # A single flat image has no range, and may still be assigned under another scaling.
     return np.float32((high + low) / 2), np.float32((high - low) / 2 or 1.0)
-
-
-def _warn_of_rounding(
-    mean: np.ndarray, deviation: np.ndarray, columns: Sequence[str] | None, source: str
-) -> None:
-    """Warn of a feature so far from zero, as times in seconds are, that float32 blurs it."""
-    step = np.spacing(np.abs(np.asarray(mean, np.float32)))
-    lost = np.flatnonzero(step > _ROUNDED * deviation)
-    if lost.size:
-        first = int(lost[0])
-        name = columns[first] if columns else first + 1
-        more = f" (and {lost.size - 1} more like it)" if lost.size > 1 else ""
-        warnings.warn(
-            f"{source}: column {name} has values around {mean[first]:.4g} in steps of"
-            f" {step[first]:.2g}, as float32 rounds them{more}; subtract its smallest value first,"
-            " or leave it out",
-            stacklevel=3,
-        )
 
 
 def _moments(vectors: Rows) -> tuple[np.ndarray, np.ndarray]:

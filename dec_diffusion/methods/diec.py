@@ -79,6 +79,7 @@ from dec_diffusion.types import (
 
 _LEARN_START = 0.3  # part of fine-tuning in which the graph's groups are the target
 _MOST_CLUSTERS = 2**15 - 1  # the labels of a search are int16
+_GOLDEN = 2654435769  # 2^32 / 1.618...
 _SNAPSHOT = 24  # images generated before fine-tuning, for comparison
 
 
@@ -531,8 +532,7 @@ def _method(s: DiEC, denoiser: Denoiser, spec: DataSpec) -> Method:
         x, index = batch["image"], batch["index"]
         e = cluster.features[index] if s.frozen else projected(params, cluster, x)
         # The same noise and timestep for an example at every call.
-        share = jnp.mod(index * 0.6180339887, 1.0)
-        log_snr = grid.log_snr[(share * grid.log_snr.shape[0]).astype(jnp.int32)]
+        log_snr = grid.log_snr[(_even(index) * grid.log_snr.shape[0]).astype(jnp.int32)]
         eps = jnp.broadcast_to(features.fixed_noise(extract)[0], x.shape)
         goal = schedule.target(x, eps, log_snr, prediction=denoiser.prediction)
         out = network.apply(params["denoiser"], schedule.add_noise(x, eps, log_snr), log_snr)
@@ -684,6 +684,14 @@ def _check_fit(s: DiEC, layers: tuple[str, ...], spec: DataSpec) -> None:
             f"--config.method.layer={s.layer}: choose one of {', '.join(layers)}, or none to search"
         )
     check_neighbours(s.neighbours, s.anchors, spec)
+
+
+def _even(index: Int[Array, " n"]) -> Float[Array, " n"]:
+    """Numbers in [0, 1), evenly spread for consecutive rows: multiples of the golden ratio, mod 1.
+
+    In integers, because of rows beyond a million float32 would leave few different ones.
+    """
+    return (index.astype(jnp.uint32) * jnp.uint32(_GOLDEN) >> 8) / 2**24
 
 
 def _timesteps(s: DiEC, grid: Schedule) -> list[int]:

@@ -66,6 +66,8 @@ from dec_diffusion.types import (
     pytree,
 )
 
+_LEAST = 1e-30  # weight of a cluster
+
 Density = Literal["S", "P", "X"]
 """Which transformation makes scores densities: equation (1), (2) or (3)."""
 
@@ -327,7 +329,8 @@ def update_prior(
     """
     k = log_prior.shape[-1]
     share = (1.0 - strength) * targets.mean(gamma, weight) + strength / k
-    prior = jnp.maximum((1.0 - rate) * jnp.exp(log_prior) + rate * share, floor / k)
+    # Without a floor the weight of an empty cluster would underflow, and its logarithm be infinite.
+    prior = jnp.maximum((1.0 - rate) * jnp.exp(log_prior) + rate * share, max(floor / k, _LEAST))
     return jax.lax.stop_gradient(jnp.log(prior / prior.sum(-1, keepdims=True)))
 
 

@@ -57,7 +57,8 @@ def notices(
 def _other_data(summary: Mapping[str, Any]) -> list[Notice]:
     """Of data that the method was not trained on, which may lack what its clusters stand for."""
     largest = max(summary["clusters"]["report"], key=lambda r: r["share"])
-    if largest["share"] <= _HUGE or summary["data"]["examples"] < _FEW:
+    few = summary["data"]["examples"] < _FEW
+    if few or largest["share"] <= _HUGE or summary["clusters"]["asked"] == 1:
         return []
     what = f"Cluster {largest['cluster']} holds {largest['share']:.0%} of these data."
     remedy = "unless they are that uneven, they differ from the data of the training: compare "
@@ -71,7 +72,7 @@ def _sizes(summary: Mapping[str, Any]) -> list[Notice]:
     fewer = "ask for fewer with --config.method.num_clusters"
     empty = [r["cluster"] for r in rows if not r["size"]]
     tiny = [r["cluster"] for r in rows if r["size"] and r["share"] < 0.1 / asked]
-    huge = [r for r in rows if r["share"] > min(_HUGE, max(0.5, 3 / asked))]
+    huge = [r for r in rows if asked > 1 and r["share"] > min(_HUGE, max(0.5, 3 / asked))]
     found = []
     if empty:
         what = f"{_named(empty)} {_are(empty)} empty: {asked} were {wanted(summary)}, "
