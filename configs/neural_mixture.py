@@ -20,7 +20,7 @@ Measured (mean and standard deviation of a sample over seeds, no selection, labe
 
 digits      ACC .948 +- .002, NMI .917 +- .003, ARI .894 +- .003; the command above with
             --seeds=0..4. The first run takes 31 s and 0.9 GiB on two idle cores
-mnist       ACC .981 +- .001, NMI .950 +- .003, ARI .959 +- .002 over seeds 0 to 2; 2,457 steps,
+mnist       ACC .981 +- .001, NMI .950 +- .003, ARI .959 +- .003 over seeds 0 to 2; 2,457 steps,
             9 min a run on one core of two that other work shared
 usps        ACC .984 +- .001, NMI .957 +- .002, ARI .968 +- .002 over seeds 0 to 2; 1,080 steps,
             9 min on one core of two

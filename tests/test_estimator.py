@@ -310,9 +310,9 @@ def test_samples_of_a_data_frame_come_without_a_warning():
 
 def test_warnings_name_parameters():
     sizes = {"clusters_nonempty": 2, "largest_share": 0.5}
-    with pytest.warns(train.EmptyClusterWarning, match=r"ask for fewer with n_clusters, or train"):
-        with _in_terms_of_parameters():
-            train._warn_of_sizes(sizes, 3, 1)
+    said = pytest.warns(train.EmptyClusterWarning, match=r"ask for fewer with n_clusters, or train")
+    with said, _in_terms_of_parameters():
+        train._warn_of_sizes(sizes, 3, 1)
     assert warnings.showwarning.__module__ != "dec_diffusion.estimator"
 
 
