@@ -1,6 +1,7 @@
 """Settings and helpers shared by all tests."""
 
 import contextlib
+import gc
 import os
 import pathlib
 import subprocess
@@ -15,6 +16,10 @@ ROOT = pathlib.Path(__file__).resolve().parents[1]
 # are kept between runs and shared by all of them. Set the first variable to keep them elsewhere.
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(ROOT / ".cache" / "jax"))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+# Where in the sources an operation of a program came from, which nobody reads here.
+os.environ.setdefault("JAX_TRACEBACK_IN_LOCATIONS_LIMIT", "0")
+# As `main.run` does: tracing makes hundreds of thousands of objects that stay.
+gc.set_threshold(100_000)
 
 
 def _keep_to_own_cores() -> None:
