@@ -17,7 +17,8 @@ import csv
 import dataclasses
 import io
 import os
-from collections.abc import Collection, Iterable, Mapping, Sequence
+import warnings
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -109,10 +110,8 @@ def fit_seeds(
             failed[seed] = str(error)
             continue
         summaries[seed], labels[seed] = result.summary, result.assignment.labels
-    for seed, summary in _complete(folder, given).items():
-        own = None if seed in runs else workdir.Workdir(folder / name(seed)).read_clusters()
-        if own is not None:
-            summaries[seed], labels[seed] = summary, own
+    for seed, summary, own in _earlier(folder, given, but=runs):
+        summaries[seed], labels[seed] = summary, own
     lost = _failed_before(folder, but={*runs, *summaries}) | failed
     comparison = _compare(folder, config, summaries, labels, lost) if summaries else None
     if comparison and verbose:
@@ -193,9 +192,10 @@ def _open(path: str | os.PathLike[str], runs: Mapping[int, Config]) -> Path:
 
 def _folders(folder: Path) -> dict[int, Path]:
     """The runs that ``folder`` holds, by their seeds, in order."""
-    found = (p.parent for p in folder.glob(f"seed*/{workdir.CONFIG}"))
-    numbers = {p: p.name.removeprefix("seed") for p in found}
-    return dict(sorted((int(text), p) for p, text in numbers.items() if text.isdecimal()))
+    paths = [p.parent for p in folder.glob(f"seed*/{workdir.CONFIG}")]
+    numbers = [p.name.removeprefix("seed") for p in paths]
+    found = {int(n): p for n, p in zip(numbers, paths, strict=True) if n.isdecimal()}
+    return {seed: p for seed, p in sorted(found.items()) if p.name == name(seed)}
 
 
 def _complete(folder: Path, dataset: Dataset) -> dict[int, dict[str, Any]]:
@@ -218,6 +218,21 @@ def _complete(folder: Path, dataset: Dataset) -> dict[int, dict[str, Any]]:
             )
         found[seed] = summary
     return found
+
+
+def _earlier(
+    folder: Path, dataset: Dataset, but: Collection[int]
+) -> Iterator[tuple[int, dict[str, Any], np.ndarray]]:
+    """Seed, summary and labels [n] of each complete run of an earlier call."""
+    for seed, summary in _complete(folder, dataset).items():
+        if seed in but:
+            continue
+        place = workdir.Workdir(folder / name(seed))
+        labels = place.read_clusters()
+        if labels is None:
+            warnings.warn(f"{place.path}: is damaged, and not compared", stacklevel=3)
+        else:
+            yield seed, summary, labels
 
 
 def _failed_before(folder: Path, but: Collection[int]) -> dict[int, str]:

@@ -187,6 +187,9 @@ def test_a_seed_that_failed_before_is_remembered(compared, tmp_path):
     found = seeds.fit_seeds(CONFIG, folder, [2], verbose=0)
     assert found.summary["failed"] == {"seed4": "its loss was not finite"}
     assert sorted(found.scores) == [0, 2]
+    (folder / "seed0" / "assignments.csv").write_text("index\n")
+    with pytest.warns(UserWarning, match="seed0: is damaged, and not compared"):
+        assert sorted(seeds.fit_seeds(CONFIG, folder, [2], verbose=0).scores) == [2]
 
 
 def test_a_seed_that_fails_is_told_and_the_others_count(tmp_path):
