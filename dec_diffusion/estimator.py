@@ -46,7 +46,6 @@ from dec_diffusion.types import InputError
 from dec_diffusion.workdir import Assigned, Workdir
 
 _ESTIMATOR = "estimator.json"
-_SMALL = 16  # pixels a side: up to here images get the settings of the digits
 
 
 class Kind(NamedTuple):
@@ -66,6 +65,7 @@ class _Estimator(ClassNamePrefixFeaturesOutMixin, TransformerMixin, ClusterMixin
 
     _settings_class: ClassVar[type[Any]]
     _kinds: ClassVar[Mapping[str, Kind]]
+    _small: ClassVar[int] = 16  # pixels a side: up to here images get the settings of the digits
 
     labels_: np.ndarray
     cluster_centers_: np.ndarray
@@ -134,7 +134,7 @@ class _Estimator(ClassNamePrefixFeaturesOutMixin, TransformerMixin, ClusterMixin
         return self
 
     def _config(self, dataset: Dataset) -> Config:
-        kind = self._kinds[_kind_of(dataset.example_shape)]
+        kind = self._kind_of(dataset.example_shape)
         method = self._settings_class(
             num_clusters=self.n_clusters, **{**kind.settings, **self._given_settings()}
         )
@@ -146,6 +146,12 @@ class _Estimator(ClassNamePrefixFeaturesOutMixin, TransformerMixin, ClusterMixin
             train=TrainConfig(batch_size=batch_size),
             seed=self._seed(),
         )
+
+    @classmethod
+    def _kind_of(cls, shape: tuple[int, ...]) -> Kind:
+        if len(shape) == 1:
+            return cls._kinds["vectors"]
+        return cls._kinds["small" if max(shape[:2]) <= cls._small else "images"]
 
     def _given_settings(self) -> dict[str, Any]:
         given = dict(self.settings or {})
@@ -339,7 +345,7 @@ class _Estimator(ClassNamePrefixFeaturesOutMixin, TransformerMixin, ClusterMixin
     @classmethod
     def _differing(cls, run: Run) -> dict[str, Any]:
         """The settings that make the estimator what the run was."""
-        kind = cls._kinds[_kind_of(run.spec.shape)]
+        kind = cls._kind_of(run.spec.shape)
         usual = configs.flatten(cls._settings_class(**kind.settings))
         given = configs.flatten(run.config.method)
         return {k: v for k, v in given.items() if v != usual[k] and k != "num_clusters"}
@@ -389,7 +395,7 @@ class ClusterDDPM(_Estimator):
     """Clustering by EM with a conditional diffusion model (arXiv 2312.08029); generates.
 
     Without ``settings``, vectors take those of the variant ``vectors`` of
-    ``configs/clusterddpm.py``, images of up to 16 x 16 those of ``digits`` and larger ones those of
+    ``configs/clusterddpm.py``, images of up to 8 x 8 those of ``digits`` and larger ones those of
     ``mnist_cpu``, which is small enough for a CPU.
 
     Args:
@@ -414,6 +420,8 @@ class ClusterDDPM(_Estimator):
     """
 
     _settings_class = clusterddpm.ClusterDDPM
+    # On 16 x 16 (USPS) ACC is .80 with the settings of the digits, .96 with the others.
+    _small = 8
     _kinds: ClassVar[Mapping[str, Kind]] = {
         "small": Kind({}, 96),
         "images": Kind(
@@ -609,12 +617,6 @@ def load(path: str | os.PathLike[str]) -> ClusterDDPM | DiEC | NeuralMixture:
         f"workdir={path}: there is no estimator of {type(run.config.method).__name__}; use "
         "dec_diffusion.trained.load"
     )
-
-
-def _kind_of(shape: tuple[int, ...]) -> str:
-    if len(shape) == 1:
-        return "vectors"
-    return "small" if max(shape[:2]) <= _SMALL else "images"
 
 
 def _settled(history: list[dict[str, Any]], name: str) -> bool:

@@ -147,6 +147,10 @@ def test_defaults_are_those_of_the_configs(kind, name, variants):
         config = command.load_config(parsed)
         assert kind._settings_class(**kind._kinds[of].settings) == config.method
         assert kind._kinds[of].batch_size == config.train.batch_size
+    largest = 8 if kind is ClusterDDPM else 16
+    for side, of in ((1, "small"), (largest, "small"), (largest + 1, "images")):
+        assert kind._kind_of((1, side, 3)) is kind._kinds[of]
+    assert kind._kind_of((1,)) is kind._kinds["vectors"]
 
 
 @pytest.mark.parametrize(
