@@ -37,14 +37,7 @@ from dec_diffusion.engine import TrainState
 from dec_diffusion.interrupt import Stop, StoppedError
 from dec_diffusion.method import DataSpec, Method, Phase, Pretrained
 from dec_diffusion.progress import Progress
-from dec_diffusion.trained import (
-    Run,
-    about_data,
-    build,
-    kept_number,
-    prepare,
-    read_pretrained,
-)
+from dec_diffusion.trained import Run, about_data, build, kept_number, prepare, read_pretrained
 from dec_diffusion.types import AUTO, InputError, PRNGKeyArray
 
 

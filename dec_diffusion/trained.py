@@ -21,7 +21,7 @@ from dec_diffusion import engine, evaluate, num_clusters, parallel, workdir
 from dec_diffusion.checkpoints import Checkpoints
 from dec_diffusion.config import Config
 from dec_diffusion.data import Dataset
-from dec_diffusion.data.shards import bounded, chunks
+from dec_diffusion.data.shards import bounded
 from dec_diffusion.engine import TrainState
 from dec_diffusion.method import DataSpec, Method, Pretrained
 from dec_diffusion.networks import diffusers
@@ -211,18 +211,13 @@ def rescaled(run: Run, dataset: Dataset) -> Dataset:
     apart = float(np.max(own.scale / np.max(run.scale))) if own.is_image else 1.0
     # A constant has no range, whatever its units.
     narrower = _UNITS_OF_FEW if own.num_examples < _FEW else _UNITS
-    if not 1 / narrower <= apart <= _UNITS and _varies(own):
+    if not 1 / narrower <= apart <= _UNITS and sources.varies(own.examples):
         warnings.warn(
             f"{own.name}: its values span {_span(own.offset, own.scale)}, those of the "
             f"training data {_span(run.offset, run.scale)}; give data in the same units",
             stacklevel=3,
         )
     return dataset
-
-
-def _varies(dataset: Dataset) -> bool:
-    first = dataset.examples[0].flat[0]
-    return any((part != first).any() for _, part in chunks(dataset.examples))
 
 
 def _span(offset: Any, scale: Any) -> str:

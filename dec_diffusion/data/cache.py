@@ -88,10 +88,13 @@ def locate(
       options: everything else that decides what decoding gives.
       stamps: path, bytes and time of change in nanoseconds of every file, as ``stamp`` gives.
     """
-    own = user_folder() if option == "auto" else None
-    if option == "none" or (option == "auto" and own is None):
+    if option == "auto":
+        own = user_folder()
+        root = own and own / "images"
+    else:
+        root = None if option == "none" else Path(option)
+    if root is None:
         return None
-    root = own / "images" if own else Path(option)
     source = Path(os.path.abspath(source.expanduser()))
     which = hashlib.sha256(repr((str(source), *options)).encode())
     files = hashlib.sha256(str(_VERSION).encode())

@@ -179,7 +179,7 @@ def warn_of_rounding(dataset: Dataset) -> None:
     mean, deviation = np.asarray(dataset.offset), np.asarray(dataset.scale)
     step = np.spacing(np.abs(mean))
     blurred = np.flatnonzero(step > _ROUNDED * deviation).tolist()
-    lost = [j for j in blurred if _varies(dataset.examples, j)]
+    lost = [j for j in blurred if varies(dataset.examples, j)]
     if lost:
         first = lost[0]
         name = dataset.columns[first] if dataset.columns else first + 1
@@ -192,9 +192,11 @@ def warn_of_rounding(dataset: Dataset) -> None:
         )
 
 
-def _varies(vectors: Rows, column: int) -> bool:
-    first = vectors[0][column]
-    return any((part[:, column] != first).any() for _, part in chunks(vectors))
+def varies(examples: Rows, column: int | None = None) -> bool:
+    """Whether values differ: all of them, or those of one column of vectors."""
+    own = slice(None) if column is None else column
+    first = examples[0][own].flat[0]
+    return any((part[:, own] != first).any() for _, part in chunks(examples))
 
 
 def choose_rows(num_examples: int, limit: int | None) -> np.ndarray:
