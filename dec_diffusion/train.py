@@ -158,19 +158,8 @@ def _fit(
         place.checkpoints(keep=config.train.keep_checkpoints) as checkpoints,
         stop.deferred(),
     ):
-        state, step, trained = _run(
-            config,
-            spec,
-            method,
-            dataset,
-            data,
-            assign,
-            place,
-            checkpoints,
-            log,
-            verbose=verbose,
-            stop=stop,
-        )
+        job = _Job(config, spec, method, dataset, data, assign, place, checkpoints, log)
+        state, step, trained = _run(job, verbose=verbose, stop=stop)
     offset, scale = np.asarray(dataset.offset), np.asarray(dataset.scale)
     assignment = assign(state)
     # What follows is the work of one process, on one of its devices.
@@ -184,20 +173,21 @@ def _fit(
     return Result(run, dataset, assignment, summary, place.read_metrics())
 
 
-def _run(
-    config: Config,
-    spec: DataSpec,
-    method: Method,
-    dataset: Dataset,
-    data: parallel.Data,
-    assign: evaluate.Assign,
-    place: workdir.Workdir | workdir.Memory,
-    checkpoints: Checkpoints | NoCheckpoints,
-    log: loggers.Logger,
-    *,
-    verbose: int,
-    stop: Stop,
-) -> tuple[TrainState, int, bool]:
+class _Job(NamedTuple):
+    """What is trained on which data, and where that leaves its traces."""
+
+    config: Config
+    spec: DataSpec
+    method: Method
+    dataset: Dataset
+    data: parallel.Data
+    assign: evaluate.Assign
+    place: workdir.Workdir | workdir.Memory
+    checkpoints: Checkpoints | NoCheckpoints
+    log: loggers.Logger
+
+
+def _run(job: _Job, *, verbose: int, stop: Stop) -> tuple[TrainState, int, bool]:
     """Run all phases, from wherever the last checkpoint left off.
 
     Returns:
@@ -206,21 +196,23 @@ def _run(
     Raises:
         StoppedError: the run was asked to stop; a checkpoint has been saved.
     """
-    key, shard = jax.random.key(config.seed), config.train.shard_params
+    spec, method, data, settings = job.spec, job.method, job.data, job.config.train
+    key, shard = jax.random.key(job.config.seed), settings.shard_params
+    dataset = job.dataset
     # The checksum of some where there are too many to read them all at every start.
     crc32 = reading.checksum(dataset.examples, sampled=not data.resident)
     about = about_data(spec, dataset.offset, dataset.scale, dataset.columns, crc32=crc32)
-    state, step, after = _start(method, key, parallel.first_batch(data), checkpoints, about)
+    state, step, after = _start(method, key, parallel.first_batch(data), job.checkpoints, about)
     if after is None and spec.pretrained:
         state = _begin_with(state, spec.pretrained)
     state = placement.place_state(state, num_rows=data.rows.size, shard_params=shard)
-    place.truncate_metrics(step)
-    log.replay(place.read_metrics())
+    job.place.truncate_metrics(step)
+    job.log.replay(job.place.read_metrics())
     resumed_at = step
     total = sum(phase.iterations * phase.steps for phase in method.phases.values())
     progress = Progress(total, step, silent=not verbose)
     complete = next(_remaining(method, after), None) is None
-    progress.note(_opening(config, dataset, data, place, step, total, complete=complete))
+    progress.note(_opening(job, step, total, complete=complete))
 
     for number, name, phase, first in _remaining(method, after):
         phase_key = jax.random.fold_in(key, number + 1)
@@ -239,39 +231,45 @@ def _run(
             start = time.monotonic()
             state, metrics = iterate(state)
             seconds = time.monotonic() - start
-            _check_finite(metrics, state, name, step, checkpoints)
+            _check_finite(metrics, state, name, step, job.checkpoints)
             step += phase.steps
             settled = bool(metrics.pop("converged", 0))
             last, fresh = settled or iteration == phase.iterations, {}
-            if phase.assigns and (last or iteration % config.train.evaluate_every == 0):
-                assignment = assign(state)
-                if distributed.is_first():
-                    fresh = evaluate.score(assignment, config.method.num_clusters, dataset.labels)
-                    _warn_of_sizes(fresh, config.method.num_clusters, step)
-                    scores = fresh
+            if phase.assigns and (last or iteration % settings.evaluate_every == 0):
+                scores = fresh = _scores(job, state, step)
             rate = phase.steps * spec.batch_size / seconds
             # What was found on entering the phase stands in its first record.
             record = {k: float(np.mean(v)) for k, v in (begun | metrics).items()} | fresh
             begun = {}
             record = {"step": step, "phase": name, "iteration": iteration} | record
             record |= {"seconds": seconds, "examples_per_second": rate}
-            place.append_metrics(record)
-            log.write(record)
+            job.place.append_metrics(record)
+            job.log.write(record)
             stopping = distributed.any_process(stop.asked())
-            if last or stopping or iteration % config.train.checkpoint_every == 0:
+            if last or stopping or iteration % settings.checkpoint_every == 0:
                 # A phase that ended early has nothing left to resume.
                 at = {"phase": name, "iteration": phase.iterations if last else iteration}
-                checkpoints.save(step, placement.whole(state), at | about)
+                job.checkpoints.save(step, placement.whole(state), at | about)
             where = f"{name} {iteration}/{phase.iterations}" + ", settled" * settled
             progress.update(step, where, record | scores, rate)
             if stopping and step < total:
-                checkpoints.wait()
+                job.checkpoints.wait()
                 raise StoppedError(
                     f"stopped at step {step:,} of {total:,}, as asked; the same command goes on"
                 )
             if last:
                 break
     return state, step, step > resumed_at
+
+
+def _scores(job: _Job, state: TrainState, step: int) -> dict[str, float]:
+    """How the data are clustered now: a sweep by all processes, figures in the first."""
+    assignment, k = job.assign(state), job.config.method.num_clusters
+    if not distributed.is_first():
+        return {}
+    scores = evaluate.score(assignment, k, job.dataset.labels)
+    _warn_of_sizes(scores, k, step)
+    return scores
 
 
 def _start(
@@ -397,26 +395,18 @@ def _warn_of_sizes(scores: dict[str, float], num_clusters: int, step: int) -> No
         )
 
 
-def _opening(
-    config: Config,
-    dataset: Dataset,
-    data: parallel.Data,
-    place: workdir.Workdir | workdir.Memory,
-    step: int,
-    total: int,
-    *,
-    complete: bool,
-) -> str:
-    device = jax.devices()[0]
+def _opening(job: _Job, step: int, total: int, *, complete: bool) -> str:
+    device, dataset = jax.devices()[0], job.dataset
     shape = "x".join(map(str, dataset.example_shape))
-    where = "on the device" if data.resident else "streamed from the host"
+    where = "on the device" if job.data.resident else "streamed from the host"
     start = f"resuming at step {step:,} of {total:,}" if step else f"{total:,} steps"
     if complete:
         start = f"complete after {step:,} steps"
     return (
-        f"{config.name}: {dataset.num_examples:,} examples of {shape} ({dataset.name}, {where}), "
-        f"{config.method.num_clusters} clusters, {len(jax.devices())} {device.platform} device(s)\n"
-        f"workdir {place.path}: {start}"
+        f"{job.config.name}: {dataset.num_examples:,} examples of {shape} ({dataset.name}, "
+        f"{where}), {job.config.method.num_clusters} clusters, "
+        f"{len(jax.devices())} {device.platform} device(s)\n"
+        f"workdir {job.place.path}: {start}"
     )
 
 
