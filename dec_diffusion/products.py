@@ -28,7 +28,7 @@ from dec_diffusion.types import Array, Float, Shaped
 _matmul = functools.partial(jnp.matmul, precision="highest")
 _WORST = 5e-4
 """Nats by which cancellation may falsify a log density."""
-_CACHED = 2**19
+_CACHED = 2**18
 """Elements of a block's features and responsibilities that a CPU's cache holds."""
 
 Sums = tuple[Float[Array, " k"], Float[Array, "k d"], Float[Array, "k d"], Float[Array, ""]]
